@@ -1,0 +1,1 @@
+"""Holdfast: a training template that cannot lose your run. Fork it, edit it, run ``train.py``."""

@@ -1,0 +1,1 @@
+"""Checkpoints: when to save, what to keep, how they reach the disk, and how they come back."""

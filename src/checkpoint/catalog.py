@@ -1,0 +1,129 @@
+"""The checkpoints of one run: list them in order, verify them, rotate them, set damaged ones aside."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from src.checkpoint.checksum import verify_file
+from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
+from src.checkpoint.policy import CheckpointPolicy, Saved
+
+log = logging.getLogger(__name__)
+
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+# Work in progress: a kill leaves these behind, and nobody ever reads them as a checkpoint.
+TEMPORARY_PREFIX = ".tmp_"
+_TRASH_PREFIX = ".trash_"
+
+
+def checkpoint_name(global_step: int) -> str:
+    """The folder name of a checkpoint. Zero-padded, so that names sort like steps."""
+    return f"step_{global_step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder name stands for; None if it is no checkpoint's name."""
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def verify(path: Path) -> Manifest:
+    """Check a checkpoint's manifest and every file it names, byte for byte.
+
+    Raises:
+        CorruptCheckpoint: something is missing or not what it was when it was saved.
+    """
+    manifest = read_manifest(path / MANIFEST_NAME)
+    if manifest.global_step != step_of(path):
+        raise CorruptCheckpoint(f"{MANIFEST_NAME} says step {manifest.global_step}, the folder is {path.name}")
+    for name, entry in manifest.files.items():
+        verify_file(path / name, entry)
+    return manifest
+
+
+class Catalog:
+    """The folder `checkpoints/` of a run.
+
+    `step_00000300/` came into being by one atomic rename, complete. Anything wrong with it later is
+    damage, not an unfinished save: unfinished ones are called `.tmp_…`. Order is by step, from the
+    name; modification times mean nothing (copying and syncing change them).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._manifests: dict[Path, Manifest] = {}
+
+    def paths(self) -> list[Path]:
+        """The folders of all checkpoints, damaged ones too, oldest step first."""
+        if not self.directory.is_dir():
+            return []
+        steps = ((step, path) for path in self.directory.iterdir() if (step := step_of(path)) is not None)
+        return [path for _, path in sorted(steps)]
+
+    def readable(self) -> list[tuple[Path, Manifest]]:
+        """The checkpoints that have a readable manifest, oldest step first. Their files are not verified."""
+        found = []
+        for path in self.paths():
+            try:
+                found.append((path, self._manifest(path)))
+            except CorruptCheckpoint:
+                continue
+        return found
+
+    def set_aside(self, path: Path, label: str) -> Path:
+        """Rename a checkpoint so that it no longer counts, and keep it. Returns where it is now."""
+        target = path.with_name(f"{path.name}.{label}")
+        for number in range(2, 1_000_000):
+            if not target.exists():
+                break
+            target = path.with_name(f"{path.name}.{label}{number}")
+        path.rename(target)
+        return target
+
+    def were_set_aside(self, label: str) -> list[Path]:
+        """What `set_aside` renamed earlier under this label."""
+        return sorted(self.directory.glob(f"step_*.{label}*"))
+
+    def retire_above(self, global_step: int) -> None:
+        """Set aside what lies above a step that training goes back to on purpose.
+
+        Without this, an abandoned future would be the newest checkpoint at the next resume.
+        """
+        for path in self.paths():
+            if (step_of(path) or 0) > global_step:
+                log.warning("retired %s: training goes on from step %d", self.set_aside(path, "retired"), global_step)
+
+    def rotate(self, policy: CheckpointPolicy) -> None:
+        """Delete what the policy no longer keeps. Call it only after a newer checkpoint is durable.
+
+        A failure to delete is reported, not raised: it costs disk space, never a checkpoint.
+        """
+        checkpoints = self.readable()
+        keep = policy.to_keep([Saved(manifest.global_step, manifest.metrics) for _, manifest in checkpoints])
+        for path, manifest in checkpoints:
+            if manifest.global_step not in keep:
+                self._manifests.pop(path, None)
+                try:
+                    self._delete(path)
+                except OSError as error:
+                    log.warning("could not delete the old checkpoint %s (%s)", path, error)
+
+    def clear_leftovers(self) -> None:
+        """Delete what a killed process left half-written or half-deleted. Only for the run's one writer."""
+        for prefix in (TEMPORARY_PREFIX, _TRASH_PREFIX):
+            for path in self.directory.glob(f"{prefix}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _manifest(self, path: Path) -> Manifest:
+        # A committed manifest never changes, so it is read once: rotation stays cheap over a long run.
+        if path not in self._manifests:
+            self._manifests[path] = read_manifest(path / MANIFEST_NAME)
+        return self._manifests[path]
+
+    def _delete(self, path: Path) -> None:
+        # Renamed first: a kill half-way through never leaves half a checkpoint under a real name.
+        trash = path.with_name(_TRASH_PREFIX + path.name)
+        shutil.rmtree(trash, ignore_errors=True)
+        path.rename(trash)
+        shutil.rmtree(trash)

@@ -1,0 +1,123 @@
+"""The manifest: what a checkpoint says of itself. A checkpoint exists if and only if it has one."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.pt"
+
+# One path component, so a manifest from elsewhere cannot name a file outside its own folder.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+class CorruptCheckpoint(Exception):
+    """A checkpoint is damaged: a file is missing, of another size or content, or unreadable."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    size: int
+    """Bytes."""
+    checksum: str
+    """`algorithm:hex` of the whole file (see `checksum.py`)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`."""
+
+    global_step: int
+    """Optimizer steps taken; also in the checkpoint's name."""
+    epoch: int
+    """Epochs completed."""
+    files: Mapping[str, FileEntry]
+    """By file name, inside the checkpoint's folder."""
+    loss: float | None = None
+    """Training loss of the last step; None if it was not finite."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """The evaluation of exactly these weights; empty if they were not evaluated."""
+    best: Mapping[str, Any] | None = None
+    """The best evaluation so far: `metric`, `value`, `global_step`."""
+    resumed_from: str | None = None
+    """The `resume=PATH` that this lineage of checkpoints goes back to."""
+    world_size: int = 1
+    """Ranks that trained."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What exact resume depends on besides the state: versions, device, threads."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved config of the run."""
+    created: str = ""
+    """ISO 8601, UTC. Informative only: order is by `global_step`."""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Strict JSON: a number that is not finite becomes null."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest. Its contents are data from a disk or bucket, not to be trusted.
+
+    Raises:
+        CorruptCheckpoint: it is missing, is not JSON of the expected shape, or is of a newer format.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path.name} is unreadable ({error})") from error
+
+    def take(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = data.get(key, default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CorruptCheckpoint(f"{path.name}: {key} is {value!r}")
+        return value
+
+    if not isinstance(data, dict):
+        raise CorruptCheckpoint(f"{path.name} is not an object")
+    if take("format", int) != FORMAT:
+        raise CorruptCheckpoint(f"{path.name} has format {data['format']}; this code reads {FORMAT}")
+    files = {}
+    for name, entry in take("files", dict).items():
+        size, checksum = (entry.get("size"), entry.get("checksum")) if isinstance(entry, dict) else (None, None)
+        if not _FILE_NAME.fullmatch(name) or type(size) is not int or size < 0 or not isinstance(checksum, str):
+            raise CorruptCheckpoint(f"{path.name}: file {name!r} is described by {entry!r}")
+        files[name] = FileEntry(size, checksum)
+    if STATE_NAME not in files:
+        raise CorruptCheckpoint(f"{path.name} does not name {STATE_NAME}")
+    metrics = take("metrics", dict, {})
+    if not all(value is None or type(value) in (int, float) for value in metrics.values()):
+        raise CorruptCheckpoint(f"{path.name}: metrics are {metrics!r}")
+    optional = type(None)
+    return Manifest(
+        global_step=take("global_step", int),
+        epoch=take("epoch", int),
+        files=files,
+        loss=take("loss", (int, float, optional)),
+        metrics=metrics,
+        best=take("best", (dict, optional)),
+        resumed_from=take("resumed_from", (str, optional)),
+        world_size=take("world_size", int, 1),
+        environment=take("environment", dict, {}),
+        config=take("config", dict, {}),
+        created=take("created", str, ""),
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,63 @@
+"""Host memory -> disk, durably and atomically: a checkpoint is there completely or not at all."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from src.checkpoint.catalog import TEMPORARY_PREFIX, checkpoint_name
+from src.checkpoint.checksum import ChecksumWriter
+from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, FileEntry, Manifest
+from src.storage.local import fsync_directory, write_durably
+
+
+def write_checkpoint(directory: Path, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
+    """Commit `state` as `directory/step_…/`, described by `manifest` (whose `files` are filled in here).
+
+    Everything is written and fsynced under a temporary name, the manifest last; then one rename makes
+    it a checkpoint. A kill at any instant leaves either nothing visible or all of it.
+
+    Args:
+        state: What `torch.load(..., weights_only=True)` will return: tensors on the CPU, containers, numbers.
+
+    Returns:
+        The committed folder and its manifest.
+
+    Raises:
+        OSError: the disk refused (full, read-only, gone); nothing is left behind.
+        FileExistsError: this step has a checkpoint already; a committed one is never overwritten.
+    """
+    final = directory / checkpoint_name(manifest.global_step)
+    if final.exists():
+        raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
+    temporary = directory / (TEMPORARY_PREFIX + final.name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        manifest = replace(manifest, files={STATE_NAME: _write_state(temporary / STATE_NAME, state)})
+        write_durably(temporary / MANIFEST_NAME, manifest.to_json())
+        fsync_directory(temporary)
+        temporary.rename(final)
+        fsync_directory(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final, manifest
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> FileEntry:
+    with path.open("wb") as file:
+        summed = ChecksumWriter(file)
+        try:
+            torch.save(state, cast(IO[bytes], summed))
+        except RuntimeError as error:
+            # torch's zip writer reports the disk's refusal as its own error; the disk's says more.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(f"cannot write {path}: {error}") from error
+        file.flush()
+        os.fsync(file.fileno())
+    return summed.entry()

@@ -1,0 +1,54 @@
+"""The errors a user can act on, and the checks that raise them. Each is shown as one line."""
+
+import math
+from typing import Any
+
+
+class HoldfastError(Exception):
+    """Something the user can put right. Its text is one line: what was found, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(HoldfastError):
+    """A config value that cannot work. Names the key, the value, and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: Any, remedy: str) -> None:
+        super().__init__(f"{key}={value}: {remedy}")
+
+
+class CheckpointError(HoldfastError):
+    """Checkpoints can not be written, or exist and can not be read."""
+
+    exit_code = 3
+
+
+def require_int(key: str, value: Any, minimum: int, what: str) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(key, value, f"must be a whole number >= {minimum} ({what})")
+
+
+def require_number(
+    key: str,
+    value: Any,
+    what: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ConfigError unless `value` is a finite number within the bounds."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or value < at_least or value <= above or value >= below:
+        bounds = ((">=", at_least), (">", above), ("<", below))
+        wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+        raise ConfigError(key, value, f"must be a number {wanted} ({what})")
+
+
+def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(key, value, f"must be one of {', '.join(choices)}")

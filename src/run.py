@@ -1,0 +1,157 @@
+"""A run and its directory: what names it, who may write to it, and when its config has drifted."""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import ConfigError, HoldfastError
+
+log = logging.getLogger(__name__)
+
+RESULT_NEUTRAL = (
+    "checkpoint",
+    "storage",
+    "run",
+    "resume",
+    "trainer.epochs",
+    "trainer.device",
+    "trainer.workers",
+    "trainer.deterministic",
+    "trainer.log_every",
+    "data.root",
+    "data.download",
+)
+"""Config keys, with all below them, that do not say what is trained, only how long, where, or how it is watched.
+
+They are no part of a run's name, and changing them does not keep a run from going on.
+"""
+
+_NAME_LIMIT = 120  # characters; file systems allow 255, and tools add to it
+_LOCK_PATIENCE = 3.0  # seconds: a process that was just killed takes a moment to let go
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a dotted config key leaves the result as it is."""
+    return any(key == neutral or key.startswith(neutral + ".") for neutral in RESULT_NEUTRAL)
+
+
+def run_name(name: str | None, overrides: Sequence[str]) -> str:
+    """The name of the run directory: `name` if given, else made from the overrides that change the result.
+
+    The same command, also with its overrides in another order or written otherwise (`1e-1`, `0.1`), has
+    the same name. It holds no `=` or `,`, which Hydra's command line would need quoted in
+    `resume=outputs/…`. Where making it readable lost something, a hash keeps names apart.
+
+    Raises:
+        ConfigError: `name` would not be a plain folder name.
+    """
+    if name is not None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(name)):
+            raise ConfigError("run", name, "must be a plain name of letters, digits, '.', '_' and '-'")
+        return str(name)
+    chosen = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element().lstrip("+")
+        if not is_neutral(key):
+            chosen[key] = override.get_value_element_as_str()
+    if not chosen:
+        return "default"
+    exact = [f"{key}={value}" for key, value in sorted(chosen.items())]
+    readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", part.replace("=", "-", 1)) for part in exact]
+    slug = "__".join(readable)
+    lossless = all(re.fullmatch(r"[A-Za-z0-9._]+=[A-Za-z0-9._-]*", part) and "__" not in part for part in exact)
+    if lossless and len(slug) <= _NAME_LIMIT:
+        return slug
+    digest = blake2b("\n".join(exact).encode(), digest_size=4).hexdigest()
+    return f"{slug[:_NAME_LIMIT].rstrip('-._')}-{digest}"
+
+
+def register_resolvers() -> None:
+    """Make `${run_name:…}` available to conf/config.yaml."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its directory is its identity, and the key of resume."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    """The resolved config, without Hydra's own part."""
+
+    @classmethod
+    def from_hydra(cls, config: DictConfig) -> "Run":
+        """The run that Hydra made a directory for."""
+        resolved = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(resolved, dict)
+        return cls(Path(HydraConfig.get().runtime.output_dir), {str(key): value for key, value in resolved.items()})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes to the directory. The kernel lets go when the process ends, however it ends.
+
+        Raises:
+            HoldfastError: another process has the lock; names it.
+        """
+        # Not inheritable, so neither workers nor helpers keep a dead run locked.
+        with (self.directory / ".lock").open("a+", encoding="utf-8") as file:
+            _acquire(file, self.directory)
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+def _acquire(file: IO[str], directory: Path) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise HoldfastError(
+                    f"{directory} is being written by {file.read() or 'another process'}; wait for it or stop it, "
+                    "or give this run a directory of its own with run=NAME"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it that only one process trains there", directory, error)
+            return
+
+
+def config_drift(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The settings that change the result and differ, each as `key: saved -> current`."""
+    before, now = flatten(saved), flatten(current)
+    absent = "(absent)"
+    return [
+        f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}"
+        for key in sorted(before.keys() | now.keys())
+        if not is_neutral(key) and before.get(key, absent) != now.get(key, absent)
+    ]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = value
+    return flat

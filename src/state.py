@@ -1,0 +1,131 @@
+"""The whole state of a training run: what a checkpoint holds, and what exact resume needs."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from src.errors import CheckpointError
+from src.rng import rng_state, set_rng_state
+
+
+@dataclass
+class TrainState:
+    """What changes during training. Everything else is config or code.
+
+    `model` is the bare module: never DDP's or torch.compile's wrapper, so keys carry no prefix.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: GradScaler
+    epoch: int = 0
+    """Epochs completed; also the index of the one in progress."""
+    global_step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Samples of the epoch in progress that were trained on. Samples, not batches: the batch size may change."""
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Training loss of the last step, on the device."""
+    totals: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """Sums over the epoch in progress, on the device: loss x samples, correct predictions."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation."""
+    best: dict[str, Any] | None = None
+    """The best evaluation so far: `metric`, `value`, `global_step`."""
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether `metrics` are of exactly these weights: an epoch has just ended."""
+        return self.samples == 0 and self.epoch > 0
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be. Optimizers make their state in the first step: until
+        then it is taken to be two numbers per parameter, as Adam's is."""
+        weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        moments = sum(2 * parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        return weights + moments
+
+    def advance(self, samples: int) -> None:
+        """Count one optimizer step on `samples` samples."""
+        self.global_step += 1
+        self.samples += samples
+
+    def end_epoch(self, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
+        """Close the epoch in progress with its evaluation, and the best one so far."""
+        self.epoch += 1
+        self.samples = 0
+        self.totals.zero_()
+        self.metrics = metrics
+        self.best = best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, under the keys of `state.pt`. Tensors are the live ones, not copies."""
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "lr_scheduler_state_dict": self.scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "global_step": self.global_step,
+            "samples": self.samples,
+            "loss": self.loss,
+            "totals": self.totals,
+            "metrics": dict(self.metrics),
+            "best": dict(self.best) if self.best else None,
+            "rng_state": rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the state that was saved. Tensors go to the devices that model and optimizer are on.
+
+        Raises:
+            CheckpointError: the state is of another model or optimizer; this one is then half-loaded.
+        """
+        try:
+            self.model.load_state_dict(strip_prefixes(state["model_state_dict"], self.model))
+            self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            self.scheduler.load_state_dict(state["lr_scheduler_state_dict"])
+            if state["scaler_state_dict"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler_state_dict"])
+            self.epoch = state["epoch"]
+            self.global_step = state["global_step"]
+            self.samples = state["samples"]
+            self.loss = state["loss"].to(self.loss.device)
+            self.totals = state["totals"].to(self.totals.device)
+            self.metrics = dict(state["metrics"])
+            self.best = state["best"]
+            set_rng_state(state["rng_state"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this code's model and optimizer ({type(error).__name__}: {error}); "
+                "go back to the code that wrote it, or start a new run from its weights: run=NAME init_from=PATH"
+            ) from error
+
+
+def strip_prefixes(saved: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Undo the key prefixes of wrappers: DDP's `module.` (leading), torch.compile's `_orig_mod.` (anywhere).
+
+    Keys that `model` has itself are left alone. Keeps the type of `saved`, and with it the
+    `_metadata` by which modules load older versions.
+    """
+    own = model.state_dict().keys()
+
+    def strip(key: str) -> str:
+        if key in own:
+            return key
+        bare = key.replace("_orig_mod.", "")
+        while bare not in own and bare.startswith("module."):
+            bare = bare.removeprefix("module.")
+        return bare
+
+    if all(key in own for key in saved):
+        return saved
+    return OrderedDict((strip(key), value) for key, value in saved.items())

@@ -1,0 +1,40 @@
+"""The last thing a run says: what came of it, what it cost, and where to look."""
+
+import logging
+import os
+from datetime import timedelta
+
+from src.checkpoint.checkpointer import Checkpointer
+from src.run import Run, flatten, is_neutral
+from src.state import TrainState
+from src.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: Tracker) -> float:
+    """Log the summary, and hyper-parameters with the final metrics.
+
+    Returns:
+        The best value of the monitored metric; NaN if it never was a number.
+    """
+    best = state.best or {"metric": checkpointer.policy.monitor, "value": float("nan"), "global_step": 0}
+    directory = os.path.relpath(run.directory)
+    lines = {"best": f"{best['metric']} {best['value']:.4f} at step {best['global_step']}"}
+    if tracker.started:
+        settings = {key: value for key, value in flatten(run.config).items() if not is_neutral(key)}
+        tracker.log_hyperparameters(
+            settings, {**state.metrics, f"best/{best['metric']}": best["value"]}, state.global_step
+        )
+        share = checkpointer.stall_total / tracker.seconds
+        lines["time"] = f"{timedelta(seconds=round(tracker.seconds))} for this process"
+        lines["checkpointing"] = (
+            f"{checkpointer.saves} saves kept training waiting for {checkpointer.stall_total:.2f} s ({share:.2%})"
+        )
+        tracker.close()
+    lines["steps"] = f"{state.global_step} in {state.epoch} epochs"
+    lines["checkpoints"] = f"{directory}/checkpoints"
+    lines["look"] = f"python -m src.checkpoint ls {directory}   ·   tensorboard --logdir {directory}"
+    width = max(map(len, lines))
+    log.info("done\n%s", "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))
+    return float(best["value"])

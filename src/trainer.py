@@ -1,0 +1,271 @@
+"""The training loop, written out by hand. Read `Trainer.fit`: it is the run."""
+
+import logging
+import math
+import os
+import platform
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
+
+from src.checkpoint.checkpointer import Checkpointer
+from src.checkpoint.policy import CheckpointPolicy
+from src.data.datasets import Data
+from src.data.loader import ResumableLoader
+from src.errors import ConfigError, require_choice, require_int, require_number
+from src.rng import seed_everything
+from src.state import TrainState
+from src.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+EVALUATION_METRICS = ("val/loss", "val/accuracy")
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Trains a classifier. Holds settings only; all that changes is in `TrainState`."""
+
+    def __init__(
+        self,
+        epochs: int,
+        seed: int = 0,
+        device: str = "auto",
+        precision: str = "fp32",
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+        deterministic: bool = True,
+        workers: int = 0,
+        log_every: int = 10,
+    ) -> None:
+        """
+        Args:
+            epochs: Passes over the training set.
+            seed: Of the initial weights, the order of the samples, augmentation, and dropout.
+            device: `auto` (a GPU if there is one), `cpu`, `cuda`, or `cuda:N`.
+            precision: `fp32`, or autocast to `bf16` or `fp16` (the latter with a GradScaler).
+            accumulate: Micro-batches that each batch is cut into: less memory, the same batch size.
+            clip_grad_norm: Largest norm of the gradient; None to leave it alone.
+            channels_last: Memory layout of images and convolutions; faster on most devices.
+            compile: Run the model through torch.compile.
+            deterministic: Use only algorithms that give the same bits every time, and raise where
+                there is none. Exact resume needs it on a GPU.
+            workers: Processes that load data; 0 loads in the main one. Results do not depend on it.
+            log_every: Steps between fetches of the loss from the device.
+
+        Raises:
+            ConfigError: a value cannot work here.
+        """
+        require_int("trainer.epochs", epochs, 1, "passes over the training set")
+        require_int("trainer.seed", seed, 0, "seed")
+        require_choice("trainer.precision", precision, tuple(_PRECISIONS))
+        require_int("trainer.accumulate", accumulate, 1, "micro-batches per batch")
+        if clip_grad_norm is not None:
+            require_number("trainer.clip_grad_norm", clip_grad_norm, "largest norm of the gradient, or null", above=0)
+        require_int("trainer.workers", workers, 0, "processes that load data")
+        require_int("trainer.log_every", log_every, 1, "steps between log entries")
+        for name, value in (("channels_last", channels_last), ("compile", compile), ("deterministic", deterministic)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"trainer.{name}", value, "must be true or false")
+        self.epochs = epochs
+        self.seed = seed
+        self.device = _find_device(device)
+        self.precision = _PRECISIONS[precision]
+        self.accumulate = accumulate
+        self.clip_grad_norm = clip_grad_norm
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile = compile
+        self.deterministic = deterministic
+        self.workers = workers
+        self.log_every = log_every
+
+    def set_up(self) -> None:
+        """Seed everything and choose deterministic algorithms. Call it before the model is built."""
+        if self.deterministic:
+            # cuBLAS reads this when it starts; without it, its matrix products are not reproducible.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(self.deterministic)
+        seed_everything(self.seed)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Put the model on the device, in the memory layout. Call it before the optimizer is built."""
+        placed: nn.Module = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        return placed
+
+    def new_state(self, model: nn.Module, optimizer: Any, scheduler: Any) -> TrainState:
+        """The state at step 0."""
+        scaler = GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        state = TrainState(model, optimizer, scheduler, scaler)
+        state.loss, state.totals = state.loss.to(self.device), state.totals.to(self.device)
+        return state
+
+    def total_steps(self, data: Data) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * math.ceil(data.train_size / data.batch_size)
+
+    def environment(self) -> dict[str, str]:
+        """What the last bits of the result depend on besides config and code."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def check(self, data: Data, model: nn.Module, policy: CheckpointPolicy) -> None:
+        """Find what could only go wrong later.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        require_choice("checkpoint.monitor", policy.monitor, EVALUATION_METRICS)
+        last_batch = (data.train_size - 1) % data.batch_size + 1
+        batches = (torch.arange(size).chunk(self.accumulate) for size in (data.batch_size, last_batch))
+        smallest = min(len(micro_batch) for batch in batches for micro_batch in batch)
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        if has_batch_norm and smallest == 1:
+            raise ConfigError(
+                "data.batch_size",
+                data.batch_size,
+                f"leaves a batch of one sample ({data.train_size} samples, trainer.accumulate={self.accumulate}), "
+                "which BatchNorm cannot train on; choose another",
+            )
+
+    def fit(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker) -> None:
+        """Train from wherever `state` is to the end of the last epoch.
+
+        Nothing in a step waits for the GPU, except a GradScaler's own check (fp16) and the log's fetch
+        of the loss every `log_every` steps.
+
+        Raises:
+            CheckpointError: checkpoints cannot be saved any more.
+        """
+        if state.epoch >= self.epochs:
+            log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
+            return
+        model: Any = torch.compile(state.model) if self.compile else state.model
+        optimizer, scaler = state.optimizer, state.scaler
+        train_batches, val_batches = self._loaders(data)
+        tracker.start(state.global_step, self.total_steps(data), self.epochs)
+
+        while state.epoch < self.epochs:
+            model.train()
+            for images, labels in train_batches.epoch(state.epoch, start=state.samples):
+                optimizer.zero_grad()
+                state.loss.zero_()
+                for x, y in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True):
+                    x, y = self._to_device(x, y)
+                    with self._autocast():
+                        logits = model(x)
+                        loss = cross_entropy(logits, y, reduction="sum") / len(images)
+                    scaler.scale(loss).backward()
+                    state.loss += loss.detach()
+                    state.totals[1] += (logits.detach().argmax(1) == y).sum()
+                state.totals[0] += state.loss * len(images)
+
+                scaler.unscale_(optimizer)
+                grad_norm = self._clip_gradients(state.model)
+                scaler.step(optimizer)
+                scaler.update()
+                state.scheduler.step()
+                state.advance(len(images))
+
+                tracker.step(len(images))
+                if state.global_step % self.log_every == 0:
+                    tracker.log_step(state.global_step, state.epoch, self._training_metrics(state, grad_norm))
+                if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
+                    tracker.log_checkpoint(checkpointer.step(state))
+
+            train_loss, train_accuracy = (state.totals / data.train_size).tolist()
+            metrics = self.evaluate(model, val_batches)
+            state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
+            tracker.log_epoch(
+                state.global_step,
+                state.epoch,
+                {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy, **metrics},
+            )
+            self._show_predictions(model, data, tracker, state.global_step)
+            tracker.log_checkpoint(checkpointer.step(state))
+
+        tracker.log_checkpoint(checkpointer.finish(state))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: ResumableLoader) -> dict[str, float]:
+        """Mean loss and accuracy over a data set. Draws no random numbers, changes no buffers."""
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        count = 0
+        for images, labels in batches.epoch(0):
+            x, y = self._to_device(images, labels)
+            with self._autocast():
+                logits = model(x)
+                totals[0] += cross_entropy(logits, y, reduction="sum")
+            totals[1] += (logits.argmax(1) == y).sum()
+            count += len(images)
+        loss, accuracy = (totals / count).tolist()
+        return dict(zip(EVALUATION_METRICS, (loss, accuracy), strict=True))
+
+    def _clip_gradients(self, model: nn.Module) -> Tensor | None:
+        """Returns the norm before clipping, on the device; None if there is no clipping."""
+        if self.clip_grad_norm is None:
+            return None
+        return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm)
+
+    def _training_metrics(self, state: TrainState, grad_norm: Tensor | None) -> dict[str, float]:
+        if grad_norm is None:
+            gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+            grad_norm = nn.utils.get_total_norm(gradients)
+        # One transfer, and the only wait for the device.
+        loss, norm, correct = torch.stack([state.loss, grad_norm, state.totals[1]]).tolist()
+        return {
+            "train/loss": loss,
+            "train/accuracy": correct / state.samples,
+            "train/grad_norm": norm,
+            "train/lr": state.scheduler.get_last_lr()[0],
+        }
+
+    @torch.no_grad()
+    def _show_predictions(self, model: nn.Module, data: Data, tracker: Tracker, global_step: int) -> None:
+        samples = [data.val[index] for index in range(min(32, data.val_size))]
+        images, labels = default_collate(samples)
+        model.eval()
+        with self._autocast():
+            predictions = model(self._to_device(images)[0]).argmax(1)
+        tracker.log_predictions(global_step, images, labels.tolist(), predictions.tolist(), data.classes)
+
+    def _loaders(self, data: Data) -> tuple[ResumableLoader, ResumableLoader]:
+        pin = self.device.type == "cuda"
+        batch_size, seed, workers = data.batch_size, self.seed, self.workers
+        train = ResumableLoader(
+            data.train, data.train_size, batch_size, seed=seed, shuffle=True, workers=workers, pin=pin
+        )
+        val = ResumableLoader(data.val, data.val_size, batch_size, seed=seed, shuffle=False, workers=workers, pin=pin)
+        return train, val
+
+    def _to_device(self, images: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+        x = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return (x, *(label.to(self.device, non_blocking=True) for label in labels))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(name))
+    if not match:
+        raise ConfigError("trainer.device", name, "must be auto, cpu, cuda, or cuda:N")
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name != "cpu" and int(match[1] or 0) >= present:
+        raise ConfigError("trainer.device", name, f"is not there ({present} GPUs found); use auto or cpu")
+    return torch.device(name)
