@@ -21,8 +21,7 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
     """One run, from its first step or from wherever it left off, to its end. Returns its best metric."""
-    run = Run.from_hydra(config)
-    with run.locked(), Tracker(run.directory) as tracker:
+    with one_line_errors(), Run.open(config) as run, Tracker(run.directory) as tracker:
         # Everything that can be wrong with the config is found here, before the first step.
         trainer = build("trainer", config.trainer)
         policy = build("checkpoint", config.checkpoint)

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import ConfigError, HoldfastError
+
+_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
 
 
 def build(group: str, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
@@ -49,23 +53,29 @@ def _call(config: DictConfig) -> str:
 def one_line_errors() -> Iterator[None]:
     """Show what the user can act on as one line on stderr, and exit with its code.
 
-    Covers our own errors, Hydra's config errors, and an operating system that refuses the run
-    directory (Hydra creates it before our code runs). Anything else is a bug and keeps its
-    traceback; so does everything when HYDRA_FULL_ERROR=1 is set, Hydra's own switch for that.
+    Needed twice: around `main()`, for what Hydra finds (a config that does not compose, a run directory
+    that the operating system refuses), and inside, for what we find. Everything else is a bug and keeps
+    its traceback; so does everything when HYDRA_FULL_ERROR=1 is set, Hydra's own switch for that. In a
+    sweep a job's error is raised: what it means to the other jobs is the launcher's business.
     """
     logging.raiseExceptions = False  # a log file on a full disk must not bury the message in tracebacks
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us the exception instead of printing it
     try:
         yield
-    except (HoldfastError, CompactHydraException, OmegaConfBaseException, OSError) as error:
-        if wants_traceback:
-            traceback.print_exc()
-        print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", ConfigError.exit_code))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        in_job = HydraConfig.initialized()
+        if in_job and HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        known = isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
+        refused = isinstance(error, OSError) and not in_job  # Hydra could not make the run directory
+        if _WANTS_TRACEBACK or not (known or refused):
+            traceback.print_exc()
+        if known or refused:
+            print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", ConfigError.exit_code if known or refused else 1))
 
 
 def _describe(error: BaseException) -> str:

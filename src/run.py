@@ -93,27 +93,26 @@ class Run:
     """The resolved config, without Hydra's own part."""
 
     @classmethod
-    def from_hydra(cls, config: DictConfig) -> "Run":
-        """The run that Hydra made a directory for."""
-        resolved = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(resolved, dict)
-        return cls(Path(HydraConfig.get().runtime.output_dir), {str(key): value for key, value in resolved.items()})
-
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only process that writes to the directory. The kernel lets go when the process ends, however it ends.
+    def open(cls, config: DictConfig) -> Iterator["Run"]:
+        """The run that Hydra made a directory for, locked: this process is the only one that writes to it.
+
+        The kernel lets go of the lock when the process ends, however it ends.
 
         Raises:
             HoldfastError: another process has the lock; names it.
         """
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(resolved, dict)
+        directory = Path(HydraConfig.get().runtime.output_dir)
         # Not inheritable, so neither workers nor helpers keep a dead run locked.
-        with (self.directory / ".lock").open("a+", encoding="utf-8") as file:
-            _acquire(file, self.directory)
+        with (directory / ".lock").open("a+", encoding="utf-8") as file:
+            _acquire(file, directory)
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            yield
+            yield cls(directory, {str(key): value for key, value in resolved.items()})
 
 
 def _acquire(file: IO[str], directory: Path) -> None:

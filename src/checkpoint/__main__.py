@@ -25,24 +25,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not paths:
         print(f"error: {options.run}: has no checkpoints", file=sys.stderr)
         return 2
-    rows, damaged = [], 0
-    for path in paths:
+    verifying = options.command == "verify"
+    rows, damaged, best = [], 0, None
+    for path in reversed(paths):
         try:
-            manifest = verify(path) if options.command == "verify" else read_manifest(path / MANIFEST_NAME)
-            rows.append(_row(path, manifest, "verified" if options.command == "verify" else ""))
+            manifest = verify(path) if verifying else read_manifest(path / MANIFEST_NAME)
         except CorruptCheckpoint as error:
             damaged += 1
             rows.append([str(step_of(path)), "", "", "", "", f"DAMAGED: {error}"])
-    _print_table(["step", "epoch", "size", "age", "metrics", ""], rows)
+            continue
+        best = best or manifest.best  # the newest one knows
+        remarks = ["verified"] * verifying
+        remarks += ["best"] * (best is not None and best.get("global_step") == manifest.global_step)
+        rows.append(_row(manifest, " ".join(remarks)))
+    _print_table(["step", "epoch", "size", "age", "metrics", ""], rows[::-1])
     return 1 if damaged else 0
 
 
-def _row(path: Path, manifest: Manifest, remark: str) -> list[str]:
+def _row(manifest: Manifest, remark: str) -> list[str]:
     size = sum(entry.size for entry in manifest.files.values())
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest.metrics.items() if value is not None)
-    if manifest.best and manifest.best.get("global_step") == manifest.global_step:
-        metrics += "  (best)"
-    return [str(step_of(path)), str(manifest.epoch), f"{size / 1e6:.1f} MB", _age(manifest.created), metrics, remark]
+    step, epoch = str(manifest.global_step), str(manifest.epoch)
+    return [step, epoch, f"{size / 1e6:.1f} MB", _age(manifest.created), metrics, remark]
 
 
 def _age(created: str) -> str:

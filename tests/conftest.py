@@ -1,0 +1,143 @@
+"""What the tests share: ways to run the real train.py, in a process of its own or in this one."""
+
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from src import summary
+from src.launch import one_line_errors
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TINY = (
+    "model=small_cnn",
+    "model.width=8",
+    "data=synthetic",
+    "data.train_size=200",
+    "data.val_size=40",
+    "data.image_size=8",
+    "data.batch_size=16",  # 13 steps per epoch, the last one of 8 samples
+    "optimizer.lr=0.01",
+    "trainer.log_every=1",
+    "storage.min_free_gb=0",
+    "run=tiny",
+)
+"""A run of a few seconds that has all that exact resume must get right: BatchNorm, dropout, momentum, a schedule."""
+
+
+@dataclass
+class Result:
+    """How a training ended."""
+
+    status: int
+    metric: float | None
+    output: str
+
+
+@dataclass
+class Training:
+    """Runs train.py with its outputs/ in `directory`."""
+
+    directory: Path
+    _started: list[subprocess.Popen[str]]
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "outputs" / "tiny"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run / "checkpoints"
+
+    def start(self, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """The real thing, in a process of its own, with its output in a pipe."""
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train.py"), *overrides],
+            cwd=self.directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+        self._started.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str]) -> Result:
+        output, _ = process.communicate(timeout=120)
+        return Result(process.returncode, None, output)
+
+    def kill_when(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
+        """SIGKILL as soon as `condition` holds. Returns whether that was before the process ended."""
+        deadline = time.monotonic() + 120
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "neither ended nor met the condition"
+            if condition():
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                return process.returncode == -signal.SIGKILL
+            time.sleep(0.0005)
+        process.communicate()
+        return False
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Training]:
+    started: list[subprocess.Popen[str]] = []
+    yield Training(tmp_path, started)
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Result]]:
+    """Runs train.py's main in this process, which saves the start-up time, with its outputs/ in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back after one_line_errors has set it
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    script = importlib.import_module("train")
+    returned: list[float] = []
+
+    def summarize(*arguments: Any) -> float:
+        returned.append(summary.summarize(*arguments))
+        return returned[-1]
+
+    def run(*overrides: str) -> Result:
+        GlobalHydra.instance().clear()
+        returned.clear()
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+        status = 0
+        try:
+            with one_line_errors():
+                script.main()
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return Result(status, returned[0] if returned else None, "".join(capsys.readouterr()))
+
+    monkeypatch.setattr(script, "summarize", summarize)  # Hydra swallows what main returns
+    yield run
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

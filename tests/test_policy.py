@@ -1,0 +1,119 @@
+"""WHEN to save and WHAT to keep: pure decisions."""
+
+import math
+
+import pytest
+
+from src.checkpoint.policy import CheckpointPolicy, EveryEpochs, EveryMinutes, EverySteps, Progress, Saved
+from src.errors import ConfigError
+
+
+def progress(
+    step: int, *, epoch: int = 0, seconds: float = 0.0, epoch_end: bool = False, best: bool = False
+) -> Progress:
+    return Progress(step, epoch, seconds, epoch_end, best)
+
+
+START = progress(0)
+
+
+def saved_steps(policy: CheckpointPolicy, run: list[Progress]) -> list[int]:
+    last, saved = run[0], []
+    for now in run[1:]:
+        if policy.should_save(now, last):
+            saved.append(now.global_step)
+            last = now
+    return saved
+
+
+def test_every_steps_saves_at_its_multiples_wherever_the_process_began() -> None:
+    policy = EverySteps(every=100)
+    assert saved_steps(policy, [progress(step) for step in range(301)]) == [100, 200, 300]
+    assert saved_steps(policy, [progress(step) for step in range(150, 301)]) == [200, 300]
+
+
+def test_every_minutes_counts_from_the_last_save() -> None:
+    policy = EveryMinutes(every=1)
+    assert saved_steps(policy, [progress(step, seconds=25 * step) for step in range(10)]) == [3, 6, 9]
+
+
+def test_every_epochs_saves_when_the_epoch_has_ended() -> None:
+    policy = EveryEpochs(every=2, keep_best=0)
+    run = [progress(step, epoch=step // 10, epoch_end=step > 0 and step % 10 == 0) for step in range(41)]
+    assert saved_steps(policy, run) == [20, 40]
+
+
+def test_a_new_best_is_saved_between_intervals_if_the_best_is_kept() -> None:
+    now = progress(7, epoch=1, epoch_end=True, best=True)
+    assert EverySteps(every=100, keep_best=1).should_save(now, START)
+    assert not EverySteps(every=100, keep_best=0).should_save(now, START)
+
+
+def test_a_step_is_not_saved_twice() -> None:
+    assert not EverySteps(every=10).should_save(progress(10, best=True), progress(10))
+
+
+def test_the_best_beats_the_reigning_one_in_its_mode() -> None:
+    policy = EverySteps(monitor="val/loss", mode="min")
+    first = policy.best_of(None, {"val/loss": 0.5}, 10)
+    assert first == {"metric": "val/loss", "value": 0.5, "global_step": 10}
+    assert policy.best_of(first, {"val/loss": 0.6}, 20) == first
+    assert policy.best_of(first, {"val/loss": 0.5}, 20) == first, "a tie leaves the older one"
+    assert policy.best_of(first, {"val/loss": 0.4}, 20) == {"metric": "val/loss", "value": 0.4, "global_step": 20}
+
+
+def test_nan_is_never_the_best() -> None:
+    policy = EverySteps()
+    assert policy.best_of(None, {"val/accuracy": math.nan}, 1) is None
+    good = policy.best_of(None, {"val/accuracy": 0.1}, 2)
+    assert policy.best_of(good, {"val/accuracy": math.nan}, 3) == good
+
+
+def test_a_best_of_another_metric_does_not_reign() -> None:
+    other = {"metric": "val/loss", "value": 0.01, "global_step": 5}
+    best = EverySteps(monitor="val/accuracy").best_of(other, {"val/accuracy": 0.3}, 9)
+    assert best == {"metric": "val/accuracy", "value": 0.3, "global_step": 9}
+
+
+def checkpoints(**accuracy: float | None) -> list[Saved]:
+    return [Saved(int(name[1:]), {} if value is None else {"val/accuracy": value}) for name, value in accuracy.items()]
+
+
+def test_rotation_keeps_the_newest_by_step() -> None:
+    shuffled = [Saved(step) for step in (300, 100, 500, 200, 400)]
+    assert EverySteps(keep=3, keep_best=0).to_keep(shuffled) == {300, 400, 500}
+
+
+def test_rotation_keeps_the_best_beside_the_newest() -> None:
+    saved = checkpoints(s100=0.5, s200=0.9, s300=0.7, s400=None, s500=0.6)
+    assert EverySteps(keep=1, keep_best=1).to_keep(saved) == {200, 500}
+    assert EverySteps(keep=1, keep_best=2).to_keep(saved) == {200, 300, 500}
+    assert EverySteps(keep=1, keep_best=1, mode="min").to_keep(saved) == {100, 500}
+
+
+def test_rotation_keeps_the_older_of_two_equally_good() -> None:
+    assert EverySteps(keep=1, keep_best=1).to_keep(checkpoints(s100=0.9, s200=0.9, s300=0.1)) == {100, 300}
+
+
+def test_keep_every_keeps_one_per_stretch_for_ever_under_repeated_rotation() -> None:
+    policy = EverySteps(keep=1, keep_best=0, keep_every=1000)
+    kept: set[int] = set()
+    for step in range(300, 5000, 300):
+        kept = policy.to_keep([Saved(s) for s in kept | {step}])
+    assert kept == {1200, 2100, 3000, 4200, 4800}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("every", 0), ("every", "abc"), ("every", True), ("every", 1.5), ("keep", 0), ("keep_best", -1)]
+    + [("keep_every", 0), ("mode", "best"), ("max_failures", 0)],
+)
+def test_an_impossible_policy_names_the_key_and_the_value(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.{key}={value}: must be"):
+        EverySteps(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, "ten"])
+def test_an_impossible_number_of_minutes_is_refused(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.every="):
+        EveryMinutes(every=minutes)
