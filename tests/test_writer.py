@@ -1,0 +1,156 @@
+"""Invariant 1, commit: a checkpoint is there completely or not at all, whatever kills the writer when."""
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src.checkpoint.catalog import Catalog, verify
+from src.checkpoint.manifest import Manifest
+from src.checkpoint.policy import EverySteps
+from src.checkpoint.resume import load_checkpoint, newest_good
+from src.checkpoint.writer import write_checkpoint
+
+OPERATIONS = ("mkdir", "open", "fsync", "rename", "rmdir", "unlink")
+
+
+def state_of(step: int, numbers: int = 1000) -> dict[str, Any]:
+    return {"global_step": step, "weights": torch.full((numbers,), float(step))}
+
+
+def write(directory: Path, step: int, numbers: int = 1000) -> Path:
+    return write_checkpoint(directory, state_of(step, numbers), Manifest(global_step=step, epoch=0, files={}))[0]
+
+
+def save_and_rotate(directory: Path) -> None:
+    write(directory, 300)
+    Catalog(directory).rotate(EverySteps(keep=2, keep_best=0))
+
+
+def record(operations: tuple[str, ...], hook: Callable[[str, Any], None]) -> None:
+    """Call `hook(name, first argument)` before each of these functions of `os` runs."""
+    for name in operations:
+        original = getattr(os, name)
+
+        def wrapped(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            hook(_name, args[0])
+            return _original(*args, **kwargs)
+
+        setattr(os, name, wrapped)
+
+
+def in_a_fork(work: Callable[[], None]) -> int | None:
+    """Run `work` in a process of its own. Returns its exit code, negative if a signal ended it."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_what_is_written_verifies_and_loads_back(tmp_path: Path) -> None:
+    path = write(tmp_path, 42)
+    assert path.name == "step_00000042"
+    manifest, state = load_checkpoint(path)
+    assert manifest.global_step == 42
+    assert torch.equal(state["weights"], torch.full((1000,), 42.0))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_plain_torch_reads_it(tmp_path: Path, mmap: bool) -> None:
+    state = torch.load(write(tmp_path, 7) / "state.pt", weights_only=True, mmap=mmap)
+    assert torch.equal(state["weights"], torch.full((1000,), 7.0))
+
+
+def test_invariant_1_a_sigkill_before_any_operation_leaves_older_checkpoints_and_no_half_one(tmp_path: Path) -> None:
+    seen = set()
+    for number in range(1, 200):
+        directory = tmp_path / str(number)
+        write(directory, 100)
+        write(directory, 200)
+
+        def die_at_operation(directory: Path = directory, number: int = number) -> None:
+            count = 0
+
+            def kill(_name: str, _path: Any) -> None:
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            record(OPERATIONS, kill)
+            save_and_rotate(directory)
+
+        died = in_a_fork(die_at_operation) == -signal.SIGKILL
+
+        found = Catalog(directory)
+        steps = [verify(path).global_step for path in found.paths()]  # none is half there
+        seen.add(tuple(steps))
+        newest = newest_good(found)
+        assert newest is not None
+        assert newest[1].global_step >= 200
+        # The process that follows tidies up and goes on.
+        found.clear_leftovers()
+        if 300 not in steps:
+            save_and_rotate(directory)
+        found.rotate(EverySteps(keep=2, keep_best=0))
+        assert sorted(path.name for path in directory.iterdir()) == ["step_00000200", "step_00000300"]
+        if not died:
+            break
+    else:
+        pytest.fail("the save never ran to its end")
+    assert seen == {(100, 200), (100, 200, 300), (200, 300)}, "before the commit, before the rotation, and after both"
+
+
+def test_invariant_1_everything_is_synced_before_it_becomes_visible(tmp_path: Path) -> None:
+    def check_order() -> None:
+        synced: list[str] = []
+        original_fsync, original_rename = os.fsync, os.rename
+
+        def fsync(descriptor: int) -> None:
+            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+            original_fsync(descriptor)
+
+        def rename(source: Any, target: Any) -> None:
+            assert synced == ["state.pt", "manifest.json", ".tmp_step_00000300"]
+            assert sorted(path.name for path in Path(source).iterdir()) == ["manifest.json", "state.pt"]
+            original_rename(source, target)
+            synced.append("renamed")
+
+        os.fsync, os.rename = fsync, rename  # type: ignore[assignment]
+        write(tmp_path, 300)
+        assert synced[3:] == ["renamed", tmp_path.name]
+
+    assert in_a_fork(check_order) == 0
+
+
+def test_a_committed_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
+    path = write(tmp_path, 5)
+    before = (path / "state.pt").read_bytes()
+    with pytest.raises(FileExistsError):
+        write(tmp_path, 5, numbers=2)
+    assert (path / "state.pt").read_bytes() == before
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_whole(tmp_path: Path) -> None:
+    write(tmp_path, 100)
+
+    def write_too_much() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(OSError, match="File too large"):
+            write(tmp_path, 200, numbers=1_000_000)
+
+    assert in_a_fork(write_too_much) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000100"]
+    assert verify(tmp_path / "step_00000100").global_step == 100
+
+
+def test_an_old_half_written_folder_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".tmp_step_00000009").mkdir(parents=True)
+    (tmp_path / ".tmp_step_00000009" / "state.pt").write_bytes(b"half")
+    assert verify(write(tmp_path, 9)).global_step == 9
