@@ -104,8 +104,9 @@ class TrainState:
             self.best = state["best"]
             set_rng_state(state["rng_state"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]  # torch lists every single tensor
             raise CheckpointError(
-                f"the checkpoint does not fit this code's model and optimizer ({type(error).__name__}: {error}); "
+                f"the checkpoint does not fit this code's model and optimizer ({reason}); "
                 "go back to the code that wrote it, or start a new run from its weights: run=NAME init_from=PATH"
             ) from error
 

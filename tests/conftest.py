@@ -1,8 +1,8 @@
 """What the tests share: ways to run the real train.py, in a process of its own or in this one."""
 
-import importlib
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,7 +18,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from src import summary
-from src.launch import one_line_errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -107,15 +106,15 @@ def training(tmp_path: Path) -> Iterator[Training]:
 def train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Result]]:
-    """Runs train.py's main in this process, which saves the start-up time, with its outputs/ in `tmp_path`."""
+    """Runs train.py in this process, which saves the start-up time, with its outputs/ in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back after one_line_errors has set it
     deterministic = torch.are_deterministic_algorithms_enabled()
-    script = importlib.import_module("train")
     returned: list[float] = []
+    original = summary.summarize
 
     def summarize(*arguments: Any) -> float:
-        returned.append(summary.summarize(*arguments))
+        returned.append(original(*arguments))
         return returned[-1]
 
     def run(*overrides: str) -> Result:
@@ -125,13 +124,12 @@ def train(
         monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
         status = 0
         try:
-            with one_line_errors():
-                script.main()
+            runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
         except SystemExit as error:
             status = int(error.code or 0)
         return Result(status, returned[0] if returned else None, "".join(capsys.readouterr()))
 
-    monkeypatch.setattr(script, "summarize", summarize)  # Hydra swallows what main returns
+    monkeypatch.setattr(summary, "summarize", summarize)  # Hydra swallows what main returns
     yield run
     torch.use_deterministic_algorithms(deterministic)
 
