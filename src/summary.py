@@ -23,15 +23,14 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: 
     lines = {"best": f"{best['metric']} {best['value']:.4f} at step {best['global_step']}"}
     if tracker.started:
         settings = {key: value for key, value in flatten(run.config).items() if not is_neutral(key)}
-        tracker.log_hyperparameters(
-            settings, {**state.metrics, f"best/{best['metric']}": best["value"]}, state.global_step
-        )
-        share = checkpointer.stall_total / tracker.seconds
-        lines["time"] = f"{timedelta(seconds=round(tracker.seconds))} for this process"
+        tracker.log_result(state.global_step, settings, state.metrics, {f"best/{best['metric']}": best["value"]})
+        seconds = tracker.seconds
+        tracker.close()  # the bar must be gone before the summary
+        lines["time"] = f"{timedelta(seconds=round(seconds))} in this process"
         lines["checkpointing"] = (
-            f"{checkpointer.saves} saves kept training waiting for {checkpointer.stall_total:.2f} s ({share:.2%})"
+            f"{checkpointer.saves} saves held training up for {checkpointer.stall_total:.2f} s "
+            f"({checkpointer.stall_total / seconds:.2%} of the time)"
         )
-        tracker.close()
     lines["steps"] = f"{state.global_step} in {state.epoch} epochs"
     lines["checkpoints"] = f"{directory}/checkpoints"
     lines["look"] = f"python -m src.checkpoint ls {directory}   ·   tensorboard --logdir {directory}"

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from src import summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-TINY = (
-    "model=small_cnn",
-    "model.width=8",
+TINY_DATA = (
     "data=synthetic",
     "data.train_size=200",
     "data.val_size=40",
@@ -34,6 +33,7 @@ TINY = (
     "storage.min_free_gb=0",
     "run=tiny",
 )
+TINY = (*TINY_DATA, "model=small_cnn", "model.width=8")
 """A run of a few seconds that has all that exact resume must get right: BatchNorm, dropout, momentum, a schedule."""
 
 
@@ -119,6 +119,7 @@ def train(
 
     def run(*overrides: str) -> Result:
         GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
         returned.clear()
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["train.py", *overrides])

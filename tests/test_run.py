@@ -56,7 +56,7 @@ def test_a_name_can_be_given() -> None:
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a b", "/root"])
 def test_a_given_name_is_a_plain_folder_name(name: str) -> None:
-    with pytest.raises(ConfigError, match="^run="):
+    with pytest.raises(ConfigError, match=r"^run="):
         run_name(name, [])
 
 

@@ -124,7 +124,7 @@ def test_a_submodule_that_is_really_called_module_keeps_its_name() -> None:
 def test_a_compiled_or_wrapped_model_is_saved_without_prefixes() -> None:
     state = new_state()
     torch.compile(state.model)  # as the trainer does: the wrapper is beside the state, not in it
-    assert list(state.state_dict()["model_state_dict"])[0] == "0.weight"
+    assert next(iter(state.state_dict()["model_state_dict"])) == "0.weight"
 
 
 def test_a_state_of_another_architecture_is_refused_with_the_way_out() -> None:

@@ -113,7 +113,7 @@ def test_invariant_1_everything_is_synced_before_it_becomes_visible(tmp_path: Pa
         original_fsync, original_rename = os.fsync, os.rename
 
         def fsync(descriptor: int) -> None:
-            synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+            synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
             original_fsync(descriptor)
 
         def rename(source: Any, target: Any) -> None:

@@ -1,0 +1,187 @@
+"""The real train.py in real processes: killed, damaged, crowded out, out of disk. Nothing is lost."""
+
+import random
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import TINY, Result, Training
+from tests.test_catalog import DAMAGE
+from tests.test_resume import differences
+
+LONG = (*TINY, "trainer.epochs=8", "checkpoint.every=3", "checkpoint.keep=2")
+LAST = "step_00000104"
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(run / f"checkpoints/{LAST}/state.pt", weights_only=True)
+    return state
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: every point of every curve, but for those that measure time or disk."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag != "train/samples_per_second" and not tag.startswith("checkpoint/")
+    }
+
+
+def newest_step(checkpoints: Path) -> int:
+    steps = [int(path.name[5:]) for path in checkpoints.glob("step_????????")]
+    return max(steps, default=0)
+
+
+def saving(checkpoints: Path) -> bool:
+    return any(checkpoints.glob(".tmp_step_*"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    training = Training(tmp_path_factory.mktemp("uninterrupted"), [])
+    assert training.finish(training.start(*LONG)).status == 0
+    yield training.run
+
+
+@pytest.mark.parametrize(("workers", "lives"), [(0, 5), (2, 3)])
+def test_invariant_4_killed_anywhere_again_and_again_it_ends_with_the_same_bits(
+    training: Training, uninterrupted: Path, workers: int, lives: int
+) -> None:
+    targets = sorted(random.Random(workers).sample(range(3, 96), lives))
+    kills = kills_inside_a_save = 0
+    for number, target in enumerate(targets):
+        inside_a_save = number % 2 == 0
+        process = training.start(*LONG, f"trainer.workers={workers}")
+
+        def due(target: int = target, inside_a_save: bool = inside_a_save) -> bool:
+            return newest_step(training.checkpoints) >= target and (not inside_a_save or saving(training.checkpoints))
+
+        if training.kill_when(process, due):
+            kills += 1
+            kills_inside_a_save += saving(training.checkpoints)
+    result = training.finish(training.start(*LONG, f"trainer.workers={workers}"))
+    assert result.status == 0, result.output
+    assert "resumed from" in result.output
+    assert kills == lives
+    assert kills_inside_a_save >= 1
+
+    assert differences(final_state(uninterrupted), final_state(training.run)) == []
+    assert curves(training.run) == curves(uninterrupted)
+    assert len(curves(training.run)["train/loss"]) == 104
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_invariant_5_a_damaged_newest_checkpoint_costs_steps_not_the_result(
+    train: Callable[..., Result], tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    run = tmp_path / "outputs/tiny"
+    assert train(*LONG).status == 0
+    expected = final_state(run)
+    damage(run / "checkpoints" / LAST)
+    result = train(*LONG)
+    assert result.status == 0
+    assert f"set aside as {LAST}.corrupt" in result.output
+    assert differences(expected, final_state(run)) == []
+
+
+def test_invariant_10_a_second_process_in_the_run_directory_is_refused(training: Training) -> None:
+    first = training.start(*TINY, "trainer.epochs=100000")
+    wait_for(lambda: newest_step(training.checkpoints) > 0, first)
+    second = training.finish(training.start(*TINY, "trainer.epochs=100000"))
+    assert second.status == 1
+    assert re.search(rf"^error: .*being written by process {first.pid} on .*run=NAME", second.output, re.MULTILINE)
+    assert "Traceback" not in second.output
+    assert first.poll() is None
+
+
+def test_control_c_ends_without_a_traceback_and_the_run_goes_on_later(training: Training) -> None:
+    process = training.start(*LONG, "trainer.epochs=100000", "trainer.workers=1")
+    wait_for(lambda: newest_step(training.checkpoints) > 0, process)
+    process.send_signal(signal.SIGINT)
+    result = training.finish(process)
+    assert result.status == 130
+    assert "run the same command again" in result.output
+    assert "Traceback" not in result.output
+    assert newest_step(training.checkpoints) > 0
+
+
+def test_a_disk_that_refuses_stops_training_loudly_with_older_checkpoints_whole(training: Training) -> None:
+    assert training.finish(training.start(*LONG, "trainer.epochs=1")).status == 0
+    size = (training.checkpoints / "step_00000013/state.pt").stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    result = training.finish(training.start(*LONG, preexec_fn=limit))
+    assert result.status == 3
+    assert "failure 1 of checkpoint.max_failures=3" in result.output
+    assert re.search(
+        r"^error: cannot save step .*File too large.*step_00000013.*same command", result.output, re.MULTILINE
+    )
+    assert newest_step(training.checkpoints) == 13
+    assert not saving(training.checkpoints)
+    # Once the disk is mended, the same command goes on.
+    again = training.finish(training.start(*LONG))
+    assert again.status == 0
+    assert "step 13, epoch 1" in again.output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield mount
+    subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_full_disk_is_found_before_the_first_step(train: Callable[..., Result], small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(4 * 2**20 - 100_000))
+    result = train(*TINY, f"hydra.run.dir={small_disk}/run")
+    assert result.status == 2
+    assert re.search(r"^error: hydra\.run\.dir=.* has room for 0\.00 GB.*checkpoint\.keep", result.output, re.MULTILINE)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "rest").write_bytes(bytes(4_000_000))
+    result = train(*TINY, f"hydra.run.dir={small_disk}/other")
+    assert result.status == 2
+    assert "No space left on device" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_disk_that_fills_up_while_training_costs_no_checkpoint(training: Training, small_disk: Path) -> None:
+    run = small_disk / "run"
+    command = (*LONG, "trainer.epochs=100000", f"hydra.run.dir={run}")
+    process = training.start(*command)
+    wait_for(lambda: newest_step(run / "checkpoints") > 0, process)
+    with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    result = training.finish(process)
+    assert result.status == 3
+    assert "cannot save step" in result.output
+    stopped_at = newest_step(run / "checkpoints")
+    (small_disk / "filler").unlink()
+    process = training.start(*command)
+    wait_for(lambda: newest_step(run / "checkpoints") > stopped_at, process)
+    assert not list((run / "checkpoints").glob("*.corrupt"))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
