@@ -36,6 +36,11 @@ check: $(STAMP) ## Lint, format check, type check
 board: $(STAMP) ## Open TensorBoard on outputs/
 	$(BIN)/tensorboard --logdir outputs
 
+.PHONY: figure
+figure: $(STAMP) ## Draw the README's picture anew, from two real runs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/python docs/killed_and_resumed.py
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches; outputs/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(self.deterministic)
+        if self.precision is torch.float16:
+            # A GradScaler skips its first steps while it looks for a scale; the schedule moves on regardless.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
         seed_everything(self.seed)
 
     def place(self, model: nn.Module) -> nn.Module:

@@ -31,6 +31,11 @@ def edit_manifest(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def clear(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
 def flip_a_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -45,7 +50,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "truncated manifest": lambda path: os.truncate(path / "manifest.json", 50),
     "empty manifest": lambda path: os.truncate(path / "manifest.json", 0),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
-    "empty folder": lambda path: [file.unlink() for file in path.iterdir()],
+    "empty folder": clear,
     "another step's manifest": lambda path: edit_manifest(path, global_step=1),
     "manifest of another shape": lambda path: (path / "manifest.json").write_text("[1, 2]"),
     "binary manifest": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00\xfe"),

@@ -20,7 +20,7 @@ def optimizer() -> torch.optim.Optimizer:
 def rates(scheduler: LRScheduler, steps: int) -> list[float]:
     found = []
     for _ in range(steps):
-        found.append(scheduler.get_last_lr()[0])
+        found.append(float(scheduler.get_last_lr()[0]))
         scheduler.optimizer.step()
         scheduler.step()
     return found

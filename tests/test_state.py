@@ -111,7 +111,7 @@ def test_weights_saved_from_a_wrapper_load(prefix: str) -> None:
     saved = other.state_dict()
     saved["model_state_dict"] = OrderedDict((prefix + key, value) for key, value in saved["model_state_dict"].items())
     state.load_state_dict(saved)
-    assert torch.equal(state.model[0].weight, other.model[0].weight)
+    assert torch.equal(state.model.state_dict()["0.weight"], other.model.state_dict()["0.weight"])
 
 
 def test_a_submodule_that_is_really_called_module_keeps_its_name() -> None:
@@ -169,7 +169,7 @@ def test_the_tutorials_snippet_reads_it(tmp_path: Path, capsys: pytest.CaptureFi
 
     assert isinstance(scheduler, LambdaLR)
     assert "Resumed from epoch 1, loss=0.0000" in capsys.readouterr().out
-    assert torch.equal(model[0].weight, trained.model[0].weight)
+    assert torch.equal(model.state_dict()["0.weight"], trained.model.state_dict()["0.weight"])
 
 
 def test_the_size_of_a_checkpoint_is_foreseen() -> None:
