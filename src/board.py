@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 log = logging.getLogger(__name__)
 
 _RIGHT, _WRONG = (20, 80, 40), (140, 20, 30)  # RGB
-_TILE = 96  # pixels
+_TILE, _CAPTION = 96, 20  # pixels
 
 
 class Board:
@@ -51,14 +51,15 @@ class Board:
         inputs = inputs[:, :3] if inputs.shape[1] >= 3 else inputs[:, :1].expand(-1, 3, -1, -1)
         low, high = inputs.amin(), inputs.amax()
         inputs = (inputs - low) / (high - low).clamp(min=1e-8)
+        font = ImageFont.load_default(size=14)
         tiles = []
         for picture, (caption, right) in zip(inputs, captions, strict=True):
-            tile = Image.new("RGB", (_TILE, _TILE + 16), _RIGHT if right else _WRONG)
+            tile = Image.new("RGB", (_TILE, _TILE + _CAPTION), _RIGHT if right else _WRONG)
             enlarged = images.resize(picture, [_TILE, _TILE], interpolation=images.InterpolationMode.NEAREST)
             tile.paste(images.to_pil_image(enlarged))
-            ImageDraw.Draw(tile).text((3, _TILE + 3), caption, fill="white")
+            ImageDraw.Draw(tile).text((4, _TILE + 2), caption, fill="white", font=font)
             tiles.append(images.pil_to_tensor(tile))
-        grid = make_grid(torch.stack(tiles), nrow=8, padding=4)
+        grid = make_grid(torch.stack(tiles), nrow=4, padding=4)
         self._write(lambda writer: writer.add_image(name, grid, global_step))
 
     def hyperparameters(self, global_step: int, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -22,7 +22,11 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: 
     directory = os.path.relpath(run.directory)
     lines = {"best": f"{best['metric']} {best['value']:.4f} at step {best['global_step']}"}
     if tracker.started:
-        settings = {key: value for key, value in flatten(run.config).items() if not is_neutral(key)}
+        settings = {
+            key.removesuffix("._target_"): value
+            for key, value in flatten(run.config).items()
+            if not is_neutral(key) and not key.endswith("._partial_")
+        }
         tracker.log_result(state.global_step, settings, state.metrics, {f"best/{best['metric']}": best["value"]})
         seconds = tracker.seconds
         tracker.close()  # the bar must be gone before the summary

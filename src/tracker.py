@@ -47,7 +47,7 @@ class Tracker:
             initial=global_step,
             dynamic_ncols=True,
             disable=None,  # where stderr is no terminal
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}]",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
         )
         self._start = time.perf_counter()
         self._restart_window()

@@ -239,7 +239,7 @@ class Trainer:
 
     @torch.no_grad()
     def _show_predictions(self, model: nn.Module, data: Data, tracker: Tracker, global_step: int) -> None:
-        samples = [data.val[index] for index in range(min(32, data.val_size))]
+        samples = [data.val[index] for index in range(min(16, data.val_size))]
         images, labels = default_collate(samples)
         model.eval()
         with self._autocast():

@@ -216,7 +216,7 @@ def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25]
     assert [event.step for event in events.Scalars("val/loss")] == [13, 26]
     picture = events.Images("val/predictions")[-1]
-    assert (picture.step, picture.width) == (26, 8 * 100 + 4)
+    assert (picture.step, picture.width) == (26, 4 * 100 + 4)
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
