@@ -238,3 +238,20 @@ def test_the_log_is_in_the_run_directory(train: Train) -> None:
     text = Path("outputs/tiny/train.log").read_text()
     assert "epoch 1/1" in text
     assert "epoch 2/2" in text
+
+
+def test_the_readme_names_every_option_of_every_group() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for group in (path for path in (REPOSITORY / "conf").iterdir() if path.is_dir()):
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{group.name}` |"))
+        for option in options(group.name):
+            assert option in row
+
+
+def test_the_readme_names_every_setting_that_all_runs_share() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for group in ("trainer/default", "checkpoint/_retention", "storage/local"):
+        for line in (REPOSITORY / f"conf/{group}.yaml").read_text().splitlines():
+            key = line.partition(":")[0]
+            if line[0] not in "_#":
+                assert key in readme, f"{group}: {key}"
