@@ -1,0 +1,120 @@
+"""A DataLoader whose epoch can start at any sample, and whose samples do not depend on who loads them.
+
+Order and augmentation are functions of (seed, epoch, sample), never of the loader's history: resuming
+needs two numbers, and costs nothing however far into the epoch it is.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from src.rng import cpu_rng_preserved, derive_seed, seed_cpu
+
+Key = tuple[int, int]  # epoch, index of the sample in the data set
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """Yields the batches of one epoch, from the `start`-th sample of its order on."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.epoch = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            order = torch.randperm(self.size, generator=generator).tolist()
+        else:
+            order = list(range(self.size))
+        for first in range(self.start, self.size, self.batch_size):
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-(self.size - self.start) // self.batch_size)
+
+
+class SeededSamples(Dataset[Any]):
+    """Fetches each sample with the generators seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
+        if get_worker_info() is not None:
+            return [self._fetch(key) for key in keys]
+        with cpu_rng_preserved():  # without workers this is the process whose generators train the model
+            return [self._fetch(key) for key in keys]
+
+    def _fetch(self, key: Key) -> Any:
+        epoch, index = key
+        seed_cpu(derive_seed(self.seed, epoch, index))
+        return self.dataset[index]
+
+
+class ResumableLoader:
+    """Batches of a data set, epoch by epoch."""
+
+    def __init__(
+        self, dataset: Dataset[Any], size: int, batch_size: int, *, seed: int, shuffle: bool, workers: int, pin: bool
+    ) -> None:
+        """
+        Args:
+            size: Number of samples in `dataset`.
+            batch_size: Samples per batch; the last one of an epoch may be smaller, none is dropped.
+            workers: Processes that load; 0 loads in this one. Batches are the same either way.
+            pin: Collate into pinned memory, for asynchronous copies to a GPU.
+        """
+        self._sampler = EpochSampler(size, batch_size, seed, shuffle)
+        worker_options: dict[str, Any] = {}
+        if workers > 0:
+            # Not forked from this process: it has threads, perhaps a CUDA context, and holds the run's lock.
+            context = multiprocessing.get_context("forkserver")
+            # Open for as long as this process lives; workers see it close, however this process ends.
+            reader, self._lifeline = context.Pipe(duplex=False)
+            worker_options = {
+                "multiprocessing_context": context,
+                "persistent_workers": True,
+                "worker_init_fn": partial(_start_worker, reader),
+            }
+        self._loader = DataLoader(
+            SeededSamples(dataset, seed),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            collate_fn=default_collate,
+            pin_memory=pin,
+            generator=torch.Generator(),  # its own, or each epoch would draw a seed from the global one
+            **worker_options,
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, in that epoch's order, without its first `start` samples."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        yield from self._loader  # a generator also keeps this object, and with it the lifeline, alive
+
+
+def _start_worker(lifeline: Connection, _worker_id: int) -> None:
+    # ^C and a scheduler's SIGTERM reach the whole process group, but only the main process decides
+    # what they mean: it still needs its workers to finish the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    # torch's own watchdog looks at the parent process, which here is the fork server. It outlives a
+    # killed main process, and so would the workers.
+    def exit_with_main_process() -> None:
+        lifeline.poll(None)
+        os._exit(0)
+
+    # A main process that ends in the middle of a handover says itself why it does.
+    show = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, EOFError | OSError) else show(kind, *rest)
+    threading.Thread(target=exit_with_main_process, daemon=True).start()
