@@ -4,6 +4,7 @@ Order and augmentation are functions of (seed, epoch, sample), never of the load
 needs two numbers, and costs nothing however far into the epoch it is.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
@@ -20,6 +22,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from src.rng import cpu_rng_preserved, derive_seed, seed_cpu
 
 Key = tuple[int, int]  # epoch, index of the sample in the data set
+
+_lifelines: WeakSet[Connection] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing's own exit handler, registered before this one and so run after it, sends the
+    # workers SIGTERM, which they ignore, and then waits for them.
+    for lifeline in list(_lifelines):
+        lifeline.close()
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -81,6 +93,7 @@ class ResumableLoader:
             context = multiprocessing.get_context("forkserver")
             # Open for as long as this process lives; workers see it close, however this process ends.
             reader, self._lifeline = context.Pipe(duplex=False)
+            _lifelines.add(self._lifeline)
             worker_options = {
                 "multiprocessing_context": context,
                 "persistent_workers": True,
