@@ -21,7 +21,7 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
     """One run, from its first step or from wherever it left off, to its end. Returns its best metric."""
-    with one_line_errors(), Run.open(config) as run, Tracker(run.directory) as tracker:
+    with one_line_errors(), Run.open(config) as run, Tracker(run.directory, run.settings) as tracker:
         # Everything that can be wrong with the config is found here, before the first step.
         trainer = build("trainer", config.trainer)
         policy = build("checkpoint", config.checkpoint)
@@ -36,7 +36,8 @@ def main(config: DictConfig) -> float:
         state = trainer.new_state(model, optimizer, scheduler)
 
         catalog = Catalog(run.directory / "checkpoints")
-        checkpointer = Checkpointer(policy, catalog, run.config, trainer.environment(), tracker.flush)
+        identity = run.config | {"data_set": data.fingerprint()}
+        checkpointer = Checkpointer(policy, catalog, identity, trainer.environment(), tracker.flush)
         trainer.check(data, model, policy)
         storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
 

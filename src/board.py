@@ -62,13 +62,13 @@ class Board:
         grid = make_grid(torch.stack(tiles), nrow=4, padding=4)
         self._write(lambda writer: writer.add_image(name, grid, global_step))
 
-    def hyperparameters(self, global_step: int, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Flat settings for the HParams page, beside curves that are there already: `metrics` by name."""
+    def hyperparameters(self, global_step: int, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Flat settings for the HParams page, which shows the newest values of the curves `metrics` beside them."""
         plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
 
         def write(writer: SummaryWriter) -> None:
             # SummaryWriter.add_hparams would open a run of its own for this; here it stays with the curves.
-            for summary in hparams(plain, dict(metrics)):
+            for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
                 writer._get_file_writer().add_summary(summary, global_step)
 
         self._write(write)

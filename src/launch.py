@@ -1,22 +1,24 @@
 """Everything between the command line and our own code: Hydra's objects, and how errors are shown."""
 
 import logging
+import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import ConfigError, HoldfastError
 
+_PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
 
 
@@ -29,6 +31,7 @@ def build(group: str, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError: the target refused its values.
     """
+    check_types(group, config)
     try:
         if config.get("_partial_"):
             return instantiate(config)(*args, **kwargs)
@@ -39,24 +42,51 @@ def build(group: str, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
             raise cause from None
         reason = f"{type(cause).__name__}: {cause}" if cause else str(error)
         raise ConfigError(group, _call(config), f"cannot be built ({reason})") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, OmegaConfBaseException) as error:
         raise ConfigError(group, _call(config), f"cannot be built ({error})") from error
 
 
+def check_types(group: str, config: DictConfig) -> None:
+    """Hold plain values against the annotations of the target that will receive them.
+
+    What python would only trip over later, or not at all (`nesterov=perhaps`, `lr=nan`), is an error here.
+
+    Raises:
+        ConfigError: names the key, the value, and what it must be.
+    """
+    target = get_object(config["_target_"])
+    try:
+        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
+    except NameError:  # an annotation that only exists for type checkers
+        return
+    for name, value in _settings(config).items():
+        hint = hints.get(name)
+        plain = [kind for kind in (get_args(hint) or (hint,)) if kind in _PLAIN_TYPES]
+        if not plain or not isinstance(value, tuple(_PLAIN_TYPES)):
+            continue
+        if type(value) not in plain and not (type(value) is int and float in plain):
+            raise ConfigError(f"{group}.{name}", value, f"must be {' or '.join(_PLAIN_TYPES[kind] for kind in plain)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{group}.{name}", value, "must be a finite number")
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in config.items() if not str(key).startswith("_")}
+
+
 def _call(config: DictConfig) -> str:
-    settings = {str(key): value for key, value in config.items()}
-    values = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("_"))
-    return f"{settings.get('_target_')}({values})"
+    return f"{config['_target_']}({', '.join(f'{name}={value}' for name, value in _settings(config).items())})"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Show what the user can act on as one line on stderr, and exit with its code.
 
-    Needed twice: around `main()`, for what Hydra finds (a config that does not compose, a run directory
-    that the operating system refuses), and inside, for what we find. Everything else is a bug and keeps
-    its traceback; so does everything when HYDRA_FULL_ERROR=1 is set, Hydra's own switch for that. In a
-    sweep a job's error is raised: what it means to the other jobs is the launcher's business.
+    Needed twice: around `main()`, where all that can go wrong is what Hydra finds (a config that does not
+    compose, a run directory that the operating system refuses), and inside, for what we find. There,
+    everything else is a bug and keeps its traceback; so does everything when HYDRA_FULL_ERROR=1 is set,
+    Hydra's own switch for that. In a sweep a job's error is raised: what it means to the other jobs is
+    the launcher's business.
     """
     logging.raiseExceptions = False  # a log file on a full disk must not bury the message in tracebacks
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us the exception instead of printing it
@@ -67,25 +97,29 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         in_job = HydraConfig.initialized()
+        known = not in_job or isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
+        if _WANTS_TRACEBACK or not known:
+            traceback.print_exc()
         if in_job and HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
-        known = isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
-        refused = isinstance(error, OSError) and not in_job  # Hydra could not make the run directory
-        if _WANTS_TRACEBACK or not (known or refused):
-            traceback.print_exc()
-        if known or refused:
+        if known:
             print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", ConfigError.exit_code if known or refused else 1))
+        sys.exit(getattr(error, "exit_code", ConfigError.exit_code if known else 1))
 
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return (
-            f"{error.filename}: {error.strerror}. The run directory must be writable and have free space; "
-            "choose another with hydra.run.dir=PATH"
-        )
+    if isinstance(error, HoldfastError):
+        return str(error)
+    chain = [error]  # what led to it, as far back as there is anything new
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None and earlier not in chain:
+        chain.append(earlier)
+    for refusal in chain:
+        if isinstance(refusal, OSError) and refusal.filename:
+            return (
+                f"{refusal.filename}: {refusal.strerror}. The run directory must be writable and have free space; "
+                "choose another with hydra.run.dir=PATH"
+            )
     # Hydra keeps the telling half of some messages in the cause.
-    cause = error.__cause__
-    if isinstance(error, CompactHydraException) and isinstance(cause, OmegaConfBaseException):
-        return f"{error} {cause}"
+    if isinstance(error, CompactHydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        return f"{error} {error.__cause__}"
     return str(error) or type(error).__name__

@@ -41,6 +41,9 @@ def vit(
     dropout: float = 0.0,
 ) -> nn.Module:
     """torchvision's Vision Transformer (Dosovitskiy et al. 2021); the defaults are ViT-B/16."""
+    for name, value in (("patch_size", patch_size), ("layers", layers), ("heads", heads), ("width", width)):
+        require_int(f"model.{name}", value, 1, "see Dosovitskiy et al., table 1")
+    require_number("model.dropout", dropout, "share of activations dropped", at_least=0, below=1)
     if image_size % patch_size:
         remedy = f"must divide the image size {image_size}; set it, or set data.image_size where the data has it"
         raise ConfigError("model.patch_size", patch_size, remedy)

@@ -31,7 +31,6 @@ RESULT_NEUTRAL = (
     "trainer.workers",
     "trainer.deterministic",
     "trainer.log_every",
-    "data.root",
     "data.download",
 )
 """Config keys, with all below them, that do not say what is trained, only how long, where, or how it is watched.
@@ -39,13 +38,17 @@ RESULT_NEUTRAL = (
 They are no part of a run's name, and changing them does not keep a run from going on.
 """
 
+_NAME_ONLY = ("init_from", "data.root")
+"""Part of the name, yet free to change later: weights matter only at step 0, and data may move (what is in
+them is compared by itself, as `data_set`)."""
+
 _NAME_LIMIT = 120  # characters; file systems allow 255, and tools add to it
 _LOCK_PATIENCE = 3.0  # seconds: a process that was just killed takes a moment to let go
 
 
-def is_neutral(key: str) -> bool:
+def is_neutral(key: str, neutral: Sequence[str] = RESULT_NEUTRAL) -> bool:
     """Whether a dotted config key leaves the result as it is."""
-    return any(key == neutral or key.startswith(neutral + ".") for neutral in RESULT_NEUTRAL)
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in neutral)
 
 
 def run_name(name: str | None, overrides: Sequence[str]) -> str:
@@ -89,8 +92,17 @@ class Run:
     """One run: its directory is its identity, and the key of resume."""
 
     directory: Path
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     """The resolved config, without Hydra's own part."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that tell runs apart, by dotted key, for people to compare."""
+        return {
+            key.removesuffix("._target_"): value
+            for key, value in flatten(self.config).items()
+            if not is_neutral(key) and not key.endswith("._partial_")
+        }
 
     @classmethod
     @contextmanager
@@ -106,7 +118,11 @@ class Run:
         assert isinstance(resolved, dict)
         directory = Path(HydraConfig.get().runtime.output_dir)
         # Not inheritable, so neither workers nor helpers keep a dead run locked.
-        with (directory / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            file = (directory / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError("hydra.run.dir", directory, f"cannot be written to ({error.strerror})") from error
+        with file:
             _acquire(file, directory)
             file.seek(0)
             file.truncate()
@@ -141,7 +157,7 @@ def config_drift(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     return [
         f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}"
         for key in sorted(before.keys() | now.keys())
-        if not is_neutral(key) and before.get(key, absent) != now.get(key, absent)
+        if not is_neutral(key, RESULT_NEUTRAL + _NAME_ONLY) and before.get(key, absent) != now.get(key, absent)
     ]
 
 

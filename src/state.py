@@ -29,9 +29,10 @@ class TrainState:
     epoch: int = 0
     """Epochs completed; also the index of the one in progress."""
     global_step: int = 0
-    """Optimizer steps taken."""
+    """Optimizer steps taken, those included that a GradScaler skipped because the gradient overflowed."""
     samples: int = 0
-    """Samples of the epoch in progress that were trained on. Samples, not batches: the batch size may change."""
+    """Samples of the epoch in progress that were trained on. Samples, not batches: they mean the same
+    whatever the batch size and the number of ranks."""
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Training loss of the last step, on the device."""
     totals: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
@@ -39,7 +40,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)
     """The newest evaluation."""
     best: dict[str, Any] | None = None
-    """The best evaluation so far: `metric`, `value`, `global_step`."""
+    """The best evaluation so far: `metric`, `mode`, `value`, `global_step`."""
 
     @property
     def evaluated(self) -> bool:
@@ -114,8 +115,8 @@ class TrainState:
 def strip_prefixes(saved: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     """Undo the key prefixes of wrappers: DDP's `module.` (leading), torch.compile's `_orig_mod.` (anywhere).
 
-    Keys that `model` has itself are left alone. Keeps the type of `saved`, and with it the
-    `_metadata` by which modules load older versions.
+    Keys that `model` has itself are left alone. If all are, so is `saved`, with the `_metadata` by
+    which modules load older versions.
     """
     own = model.state_dict().keys()
 

@@ -5,7 +5,7 @@ import os
 from datetime import timedelta
 
 from src.checkpoint.checkpointer import Checkpointer
-from src.run import Run, flatten, is_neutral
+from src.run import Run
 from src.state import TrainState
 from src.tracker import Tracker
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: Tracker) -> float:
-    """Log the summary, and hyper-parameters with the final metrics.
+    """Log the summary.
 
     Returns:
         The best value of the monitored metric; NaN if it never was a number.
@@ -22,12 +22,6 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: 
     directory = os.path.relpath(run.directory)
     lines = {"best": f"{best['metric']} {best['value']:.4f} at step {best['global_step']}"}
     if tracker.started:
-        settings = {
-            key.removesuffix("._target_"): value
-            for key, value in flatten(run.config).items()
-            if not is_neutral(key) and not key.endswith("._partial_")
-        }
-        tracker.log_result(state.global_step, settings, state.metrics, {f"best/{best['metric']}": best["value"]})
         seconds = tracker.seconds
         tracker.close()  # the bar must be gone before the summary
         lines["time"] = f"{timedelta(seconds=round(seconds))} in this process"

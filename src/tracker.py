@@ -22,12 +22,14 @@ class Tracker:
     started = False
     """Whether there is anything to show: a finished run that is run again never starts."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         """
         Args:
             directory: The run directory; events go to its `tensorboard/`.
+            settings: The flat settings of the run, for TensorBoard's HParams page.
         """
         self._directory = directory
+        self._settings = settings
 
     def __enter__(self) -> Self:
         return self
@@ -35,11 +37,12 @@ class Tracker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def start(self, global_step: int, total_steps: int, epochs: int) -> None:
-        """Begin at `global_step` (0, or where the run resumed)."""
+    def start(self, global_step: int, total_steps: int, epochs: int, final_metrics: Sequence[str]) -> None:
+        """Begin at `global_step` (0, or where the run resumed). `final_metrics` are to be compared between runs."""
         self.started = True
         self._epochs = epochs
         self._board = Board(self._directory / "tensorboard", global_step)
+        self._board.hyperparameters(global_step, self._settings, final_metrics)
         self._redirect = logging_redirect_tqdm()
         self._redirect.__enter__()
         self._bar = tqdm(
@@ -102,13 +105,6 @@ class Tracker:
         if report is not None:
             costs = {"checkpoint/stall_ms": 1e3 * report.stall, "checkpoint/megabytes": report.bytes / 1e6}
             self._board.scalars(report.global_step, costs)
-
-    def log_result(
-        self, global_step: int, settings: Mapping[str, Any], metrics: Mapping[str, float], best: Mapping[str, float]
-    ) -> None:
-        """Log the settings of the run beside its final and its best metrics."""
-        self._board.scalars(global_step, best)
-        self._board.hyperparameters(global_step, settings, {**metrics, **best})
 
     def flush(self) -> None:
         """Hand all events to the operating system."""

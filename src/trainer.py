@@ -58,7 +58,8 @@ class Trainer:
             compile: Run the model through torch.compile.
             deterministic: Use only algorithms that give the same bits every time, and raise where
                 there is none. Exact resume needs it on a GPU.
-            workers: Processes that load data; 0 loads in the main one. Results do not depend on it.
+            workers: Processes that load training data, and as many that load validation data; 0 loads in
+                the main one. Results do not depend on it.
             log_every: Steps between fetches of the loss from the device.
 
         Raises:
@@ -66,15 +67,14 @@ class Trainer:
         """
         require_int("trainer.epochs", epochs, 1, "passes over the training set")
         require_int("trainer.seed", seed, 0, "seed")
+        if seed >= 2**63:
+            raise ConfigError("trainer.seed", seed, "must be below 2**63")
         require_choice("trainer.precision", precision, tuple(_PRECISIONS))
         require_int("trainer.accumulate", accumulate, 1, "micro-batches per batch")
         if clip_grad_norm is not None:
             require_number("trainer.clip_grad_norm", clip_grad_norm, "largest norm of the gradient, or null", above=0)
         require_int("trainer.workers", workers, 0, "processes that load data")
         require_int("trainer.log_every", log_every, 1, "steps between log entries")
-        for name, value in (("channels_last", channels_last), ("compile", compile), ("deterministic", deterministic)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"trainer.{name}", value, "must be true or false")
         self.epochs = epochs
         self.seed = seed
         self.device = _find_device(device)
@@ -123,6 +123,7 @@ class Trainer:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
             "threads": str(torch.get_num_threads()),
+            "deterministic": str(self.deterministic),
         }
 
     def check(self, data: Data, model: nn.Module, policy: CheckpointPolicy) -> None:
@@ -137,11 +138,14 @@ class Trainer:
         smallest = min(len(micro_batch) for batch in batches for micro_batch in batch)
         has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if has_batch_norm and smallest == 1:
+            key, value = ("data.batch_size", data.batch_size)
+            if self.accumulate > 1:
+                key, value = ("trainer.accumulate", self.accumulate)
             raise ConfigError(
-                "data.batch_size",
-                data.batch_size,
-                f"leaves a batch of one sample ({data.train_size} samples, trainer.accumulate={self.accumulate}), "
-                "which BatchNorm cannot train on; choose another",
+                key,
+                value,
+                f"leaves a batch of one sample ({data.train_size} samples in batches of {data.batch_size}), and "
+                "BatchNorm needs more than one; choose another",
             )
 
     def fit(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker) -> None:
@@ -156,10 +160,12 @@ class Trainer:
         if state.epoch >= self.epochs:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
             return
-        model: Any = torch.compile(state.model) if self.compile else state.model
+        # Dynamic shapes would make the code of a step depend on the shapes of earlier ones, which a resumed
+        # process has not seen: other code, other last bits.
+        model: Any = torch.compile(state.model, dynamic=False) if self.compile else state.model
         optimizer, scaler = state.optimizer, state.scaler
         train_batches, val_batches = self._loaders(data)
-        tracker.start(state.global_step, self.total_steps(data), self.epochs)
+        tracker.start(state.global_step, self.total_steps(data), self.epochs, EVALUATION_METRICS)
 
         while state.epoch < self.epochs:
             model.train()
@@ -192,11 +198,8 @@ class Trainer:
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
             metrics = self.evaluate(model, val_batches)
             state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
-            tracker.log_epoch(
-                state.global_step,
-                state.epoch,
-                {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy, **metrics},
-            )
+            averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
+            tracker.log_epoch(state.global_step, state.epoch, averages | metrics)
             self._show_predictions(model, data, tracker, state.global_step)
             tracker.log_checkpoint(checkpointer.step(state))
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run: order, rotation, damage, and contents that are not to be trusted."""
 
+import errno
 import json
 import os
 import pickle
@@ -105,6 +106,14 @@ def test_invariant_5_what_was_set_aside_earlier_still_forbids_starting_over(tmp_
         newest_good(catalog)
 
 
+def test_what_is_set_aside_again_gets_another_label(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    aside = catalog.set_aside(write(tmp_path, 100), "corrupt")
+    assert catalog.set_aside(aside, "old").name == "step_00000100.old"
+    assert catalog.were_set_aside("corrupt") == []
+    assert newest_good(catalog) is None
+
+
 def test_setting_aside_the_same_step_twice_keeps_both(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     names = [catalog.set_aside(write(tmp_path, 100), "corrupt").name for _ in range(3)]
@@ -190,7 +199,7 @@ def test_invariant_9_a_manifest_cannot_name_files_outside_its_folder(tmp_path: P
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format": 2}, {"format": "1"}, {"global_step": "100"}, {"epoch": None}, {"metrics": {"a": "b"}}, {"files": [1]}]
+    [{"format": 0}, {"format": "1"}, {"global_step": "100"}, {"epoch": None}, {"metrics": {"a": "b"}}, {"files": [1]}]
     + [{"files": {"state.pt": {"size": -1, "checksum": "x"}}}, {"files": {"state.pt": 5}}, {"config": 3}],
 )
 def test_invariant_9_a_manifest_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -198,6 +207,31 @@ def test_invariant_9_a_manifest_of_another_shape_is_refused(tmp_path: Path, chan
     edit_manifest(path, **changes)
     with pytest.raises(CorruptCheckpoint):
         read_manifest(path / "manifest.json")
+
+
+def test_a_manifest_of_a_newer_format_is_no_damage(tmp_path: Path) -> None:
+    edit_manifest(write(tmp_path, 100), format=2)
+    with pytest.raises(CheckpointError, match="format 2, this code reads 1"):
+        newest_good(Catalog(tmp_path))
+    assert Catalog(tmp_path).paths() == [tmp_path / "step_00000100"]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.pt"])
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    for step in (100, 200):
+        write(tmp_path, step)
+    original = Path.open
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == file:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(CheckpointError, match=r"step_00000200 cannot be read \(Input/output error\)"):
+            newest_good(Catalog(tmp_path))
+    assert len(Catalog(tmp_path).paths()) == 2, "neither was set aside"
 
 
 def test_a_manifest_comes_back_as_it_was_written_and_is_strict_json(tmp_path: Path) -> None:

@@ -56,10 +56,10 @@ def test_a_step_is_not_saved_twice() -> None:
 def test_the_best_beats_the_reigning_one_in_its_mode() -> None:
     policy = EverySteps(monitor="val/loss", mode="min")
     first = policy.best_of(None, {"val/loss": 0.5}, 10)
-    assert first == {"metric": "val/loss", "value": 0.5, "global_step": 10}
+    assert first == {"metric": "val/loss", "mode": "min", "value": 0.5, "global_step": 10}
     assert policy.best_of(first, {"val/loss": 0.6}, 20) == first
     assert policy.best_of(first, {"val/loss": 0.5}, 20) == first, "a tie leaves the older one"
-    assert policy.best_of(first, {"val/loss": 0.4}, 20) == {"metric": "val/loss", "value": 0.4, "global_step": 20}
+    assert policy.best_of(first, {"val/loss": 0.4}, 20) == {**first, "value": 0.4, "global_step": 20}
 
 
 def test_nan_is_never_the_best() -> None:
@@ -69,10 +69,10 @@ def test_nan_is_never_the_best() -> None:
     assert policy.best_of(good, {"val/accuracy": math.nan}, 3) == good
 
 
-def test_a_best_of_another_metric_does_not_reign() -> None:
-    other = {"metric": "val/loss", "value": 0.01, "global_step": 5}
-    best = EverySteps(monitor="val/accuracy").best_of(other, {"val/accuracy": 0.3}, 9)
-    assert best == {"metric": "val/accuracy", "value": 0.3, "global_step": 9}
+@pytest.mark.parametrize("other", [{"metric": "val/loss", "mode": "max"}, {"metric": "val/accuracy", "mode": "min"}])
+def test_a_best_by_another_metric_or_mode_does_not_reign(other: dict[str, str]) -> None:
+    best = EverySteps().best_of({**other, "value": 9.0, "global_step": 5}, {"val/accuracy": 0.3}, 9)
+    assert best == {"metric": "val/accuracy", "mode": "max", "value": 0.3, "global_step": 9}
 
 
 def checkpoints(**accuracy: float | None) -> list[Saved]:
@@ -106,7 +106,7 @@ def test_keep_every_keeps_one_per_stretch_for_ever_under_repeated_rotation() -> 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("every", 0), ("every", "abc"), ("every", True), ("every", 1.5), ("keep", 0), ("keep_best", -1)]
-    + [("keep_every", 0), ("mode", "best"), ("max_failures", 0)],
+    + [("keep_every", 0), ("mode", "best"), ("max_failures", 0), ("retry_after", -1)],
 )
 def test_an_impossible_policy_names_the_key_and_the_value(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^checkpoint\.{key}={value}: must be"):

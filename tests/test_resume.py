@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.conftest import TINY, Result
@@ -63,23 +64,40 @@ def test_with_more_epochs_a_finished_run_goes_on(train: Train) -> None:
     assert state(26)["epoch"] == 2
 
 
-def test_invariant_4_a_run_cut_into_pieces_ends_like_one_in_one_piece(train: Train) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.clip_grad_norm=1.0", "trainer.accumulate=3", "checkpoint=minutes"],
+        ["trainer.precision=fp16", "optimizer=adam"],
+        ["trainer.precision=bf16", "optimizer=adamw", "trainer.channels_last=false", "checkpoint=epochs"],
+    ],
+    ids=" ".join,
+)
+def test_invariant_4_a_run_cut_into_pieces_ends_like_one_in_one_piece(train: Train, settings: list[str]) -> None:
     """With a schedule that does not depend on the length, more epochs are the same run."""
-    options = (*TINY, "scheduler=none", "trainer.clip_grad_norm=1.0", "trainer.accumulate=3")
-    train(*options, "run=whole", "trainer.epochs=3")
+    options = (*TINY, "scheduler=none", *settings)
+    assert train(*options, "run=whole", "trainer.epochs=3").status == 0
     for epochs in (1, 2, 3):
         train(*options, "run=pieces", f"trainer.epochs={epochs}")
-    assert differences(state(39, Path("outputs/whole")), state(39, Path("outputs/pieces"))) == []
+    whole = state(39, Path("outputs/whole"))
+    assert differences(whole, state(39, Path("outputs/pieces"))) == []
+    assert bool(whole["scaler_state_dict"]) == ("trainer.precision=fp16" in settings)
 
 
-def test_invariant_4_with_a_gradient_scaler(train: Train) -> None:
-    options = (*TINY, "scheduler=none", "trainer.precision=fp16")
-    train(*options, "run=whole", "trainer.epochs=2")
-    for epochs in (1, 2):
-        train(*options, "run=pieces", f"trainer.epochs={epochs}")
-    whole = state(26, Path("outputs/whole"))
-    assert whole["scaler_state_dict"]["scale"] > 0
-    assert differences(whole, state(26, Path("outputs/pieces"))) == []
+@pytest.mark.parametrize("step", [5, 13, 20])
+def test_invariant_4_gone_on_from_any_checkpoint_it_ends_with_the_same_bits(train: Train, step: int) -> None:
+    options = (
+        *TINY,
+        "optimizer=adamw",
+        "scheduler=cosine",
+        "trainer.epochs=2",
+        "checkpoint.every=5",
+        "checkpoint.keep=9",
+    )
+    train(*options)
+    expected = state(26)
+    train(*options, f"resume={RUN}/checkpoints/step_{step:08d}")
+    assert differences(expected, state(26)) == []
 
 
 def test_the_last_state_is_always_saved_and_the_final_metrics_with_it(train: Train) -> None:
@@ -117,8 +135,16 @@ def test_required_fails_where_there_is_nothing_to_resume(train: Train) -> None:
 def test_never_starts_over_and_keeps_what_was_there(train: Train) -> None:
     train(*TINY, "trainer.epochs=1", "checkpoint.keep=1", "checkpoint.keep_best=0")
     again = train(*TINY, "trainer.epochs=1", "checkpoint.keep=1", "checkpoint.keep_best=0", "resume=never")
-    assert "kept outputs" in again.output.replace(str(Path.cwd()) + "/", "")
-    assert steps() == ["step_00000013", "step_00000013.retired"]
+    assert "is kept as step_00000013.old" in again.output
+    assert steps() == ["step_00000013", "step_00000013.old"]
+
+
+def test_never_also_ends_the_mourning_over_what_was_damaged(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1")
+    (RUN / "checkpoints/step_00000013/state.pt").unlink()
+    assert train(*TINY, "trainer.epochs=1").status == 3
+    assert train(*TINY, "trainer.epochs=1", "resume=never").status == 0
+    assert "nothing left to train" in train(*TINY, "trainer.epochs=1").output
 
 
 def test_a_path_goes_back_to_that_step_and_retires_what_lies_above(train: Train) -> None:
@@ -147,6 +173,47 @@ def test_a_path_may_be_another_run(train: Train) -> None:
     assert "step 13, epoch 1" in result.output
     assert "step_00000026" in steps(Path("outputs/fork"))
     assert steps() == ["step_00000013"], "the other run is left alone"
+
+
+def test_a_path_to_a_finished_run_leaves_this_one_with_its_checkpoint(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1")
+    train(*TINY, "run=fork", "trainer.epochs=1", f"resume={RUN}")
+    assert steps(Path("outputs/fork")) == ["step_00000013"]
+    assert differences(state(13), state(13, Path("outputs/fork"))) == []
+
+
+def test_a_path_that_does_not_fit_costs_this_run_nothing(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1")
+    train(*TINY, "run=other", "trainer.epochs=2", "trainer.seed=3")
+    assert "trainer.seed: 3 -> 0" in train(*TINY, "trainer.epochs=1", "resume=outputs/other").output
+    assert steps() == ["step_00000013"]
+
+
+def test_a_path_rescues_a_run_whose_own_checkpoints_are_damaged(train: Train) -> None:
+    train(*TINY, "run=good", "trainer.epochs=1")
+    train(*TINY, "trainer.epochs=1")
+    (RUN / "checkpoints/step_00000013/state.pt").write_bytes(b"")
+    result = train(*TINY, "trainer.epochs=2", "resume=outputs/good")
+    assert result.status == 0
+    assert "step_00000026" in steps()
+
+
+def test_what_was_retired_forbids_to_start_over_unasked(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1")
+    checkpoint = RUN / "checkpoints/step_00000013"
+    checkpoint.rename(f"{checkpoint}.retired")
+    assert "set aside earlier" in train(*TINY, "trainer.epochs=1").output
+
+
+def test_other_data_under_the_run_is_refused(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1")
+    (manifest,) = RUN.glob("checkpoints/*/manifest.json")
+    manifest.write_text(
+        manifest.read_text().replace('"train_size": 200,\n      "val', '"train_size": 100,\n      "val')
+    )
+    result = train(*TINY, "trainer.epochs=2")
+    assert result.status == 2
+    assert "data_set.train_size: 100 -> 200" in result.output
 
 
 def test_a_path_to_nothing_or_to_damage_is_an_error(train: Train, tmp_path: Path) -> None:
@@ -218,6 +285,8 @@ def test_init_from_something_unfit_is_an_error(train: Train) -> None:
     assert "holds no tensor that fits" in train(*TINY, "init_from=other.pt").output
     Path("text.pt").write_text("no weights")
     assert "cannot be loaded" in train(*TINY, "init_from=text.pt").output
+    torch.save({0: torch.ones(1), "b": "text"}, "keys.pt")
+    assert "holds no tensor that fits" in train(*TINY, "init_from=keys.pt").output
 
 
 def test_the_directory_is_the_key(train: Train) -> None:

@@ -21,7 +21,7 @@ def test_the_name_is_made_of_what_changes_the_result() -> None:
 
 def test_what_does_not_change_the_result_does_not_change_the_name() -> None:
     neutral = ["checkpoint.every=7", "checkpoint=minutes", "storage.min_free_gb=0", "trainer.epochs=9"]
-    neutral += ["trainer.workers=4", "trainer.device=cpu", "resume=required", "data.root=/data"]
+    neutral += ["trainer.workers=4", "trainer.device=cpu", "resume=required", "data.download=false"]
     assert run_name(None, [*neutral, "model=resnet50"]) == run_name(None, ["model=resnet50"])
 
 
@@ -58,6 +58,13 @@ def test_a_name_can_be_given() -> None:
 def test_a_given_name_is_a_plain_folder_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^run="):
         run_name(name, [])
+
+
+def test_data_elsewhere_and_other_first_weights_are_another_run_but_no_drift() -> None:
+    assert run_name(None, ["data.root=/a"]) != run_name(None, ["data.root=/b"])
+    assert (
+        config_drift({"data": {"root": "/a"}, "init_from": "x.pt"}, {"data": {"root": "/b"}, "init_from": None}) == []
+    )
 
 
 def test_drift_lists_the_settings_that_change_the_result() -> None:

@@ -60,13 +60,13 @@ def test_resume_gives_the_same_rates_and_more_epochs_follow_the_longer_schedule(
 
     def resumed(total_steps: int) -> list[float]:
         again = build(optimizer(), total_steps)
+        again.optimizer.load_state_dict(first.optimizer.state_dict())
         again.load_state_dict(first.state_dict())
-        again.optimizer.step()
-        again.step()
-        return rates(again, 39)
+        assert again.optimizer.param_groups[0]["lr"] == again.get_last_lr()[0]
+        return rates(again, 40)
 
-    assert resumed(100) == rates(build(optimizer(), 100), 100)[61:]
-    assert resumed(200) == rates(build(optimizer(), 200), 100)[61:]
+    assert resumed(100) == rates(build(optimizer(), 100), 100)[60:]
+    assert resumed(200) == rates(build(optimizer(), 200), 100)[60:]
 
 
 @pytest.mark.parametrize("build", [schedules.constant, schedules.cosine, schedules.one_cycle, schedules.step])

@@ -29,7 +29,9 @@ def new_state(width: int = 4) -> TrainState:
 def train(state: TrainState, steps: int = 1) -> None:
     for _ in range(steps):
         state.optimizer.zero_grad()
-        state.model(torch.randn(5, 3)).square().sum().backward()
+        loss = state.model(torch.randn(5, 3)).square().sum()
+        loss.backward()
+        state.loss = loss.detach()
         state.optimizer.step()
         state.scheduler.step()
         state.advance(5)
@@ -121,12 +123,6 @@ def test_a_submodule_that_is_really_called_module_keeps_its_name() -> None:
     assert list(strip_prefixes(wrapped, model)) == list(model.state_dict())
 
 
-def test_a_compiled_or_wrapped_model_is_saved_without_prefixes() -> None:
-    state = new_state()
-    torch.compile(state.model)  # as the trainer does: the wrapper is beside the state, not in it
-    assert next(iter(state.state_dict()["model_state_dict"])) == "0.weight"
-
-
 def test_a_state_of_another_architecture_is_refused_with_the_way_out() -> None:
     with pytest.raises(CheckpointError, match=r"does not fit.*size mismatch.*init_from=PATH"):
         new_state(width=8).load_state_dict(new_state(width=4).state_dict())
@@ -168,7 +164,7 @@ def test_the_tutorials_snippet_reads_it(tmp_path: Path, capsys: pytest.CaptureFi
     print(f"Resumed from epoch {start_epoch}, loss={checkpoint['loss']:.4f}")
 
     assert isinstance(scheduler, LambdaLR)
-    assert "Resumed from epoch 1, loss=0.0000" in capsys.readouterr().out
+    assert f"Resumed from epoch 1, loss={trained.loss.item():.4f}" in capsys.readouterr().out
     assert torch.equal(model.state_dict()["0.weight"], trained.model.state_dict()["0.weight"])
 
 

@@ -32,7 +32,7 @@ def fit(directory: Path, data: Data, model: nn.Module, *, lr: float = 0.1, **set
     scheduler = schedules.constant(optimizer, trainer.total_steps(data))
     state = trainer.new_state(trainer.place(model), optimizer, scheduler)
     checkpointer = Checkpointer(EverySteps(every=10**9, keep_best=0), Catalog(directory), {}, {}, lambda: None)
-    with Tracker(directory) as tracker:
+    with Tracker(directory, {}) as tracker:
         checkpointer.restore(state, "auto", None)
         trainer.fit(state, data, checkpointer, tracker)
     return state

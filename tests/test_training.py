@@ -18,7 +18,7 @@ from tests.conftest import TINY, Result, Training
 from tests.test_catalog import DAMAGE
 from tests.test_resume import differences
 
-LONG = (*TINY, "trainer.epochs=8", "checkpoint.every=3", "checkpoint.keep=2")
+LONG = (*TINY, "trainer.epochs=8", "checkpoint.every=3", "checkpoint.keep=2", "checkpoint.retry_after=0.1")
 LAST = "step_00000104"
 
 
@@ -57,7 +57,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_invariant_4_killed_anywhere_again_and_again_it_ends_with_the_same_bits(
     training: Training, uninterrupted: Path, workers: int, lives: int
 ) -> None:
-    targets = sorted(random.Random(workers).sample(range(3, 96), lives))
+    # One kill in each stretch of the run, so that later epochs have their share.
+    chance, stretch = random.Random(workers), 96 // lives
+    targets = [number * stretch + chance.randrange(3, stretch) for number in range(lives)]
     kills = kills_inside_a_save = 0
     for number, target in enumerate(targets):
         inside_a_save = number % 2 == 0
@@ -158,6 +160,18 @@ def test_a_full_disk_is_found_before_the_first_step(train: Callable[..., Result]
     assert result.status == 2
     assert "No space left on device" in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_run_directory_that_became_read_only_is_found_before_the_first_step(
+    train: Callable[..., Result], small_disk: Path
+) -> None:
+    command = (*TINY, "trainer.epochs=1", f"hydra.run.dir={small_disk}/run")
+    assert train(*command).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    result = train(*command)
+    assert result.status == 2
+    assert len(result.output.splitlines()) == 1
+    assert "Read-only file system" in result.output
 
 
 def test_a_disk_that_fills_up_while_training_costs_no_checkpoint(training: Training, small_disk: Path) -> None:

@@ -33,9 +33,9 @@ def save_and_rotate(directory: Path) -> None:
     Catalog(directory).rotate(EverySteps(keep=2, keep_best=0))
 
 
-def record(operations: tuple[str, ...], hook: Callable[[str, Any], None]) -> None:
-    """Call `hook(name, first argument)` before each of these functions of `os` runs."""
-    for name in operations:
+def call_before(hook: Callable[[str, Any], None]) -> None:
+    """Call `hook(name, first argument)` before each file operation of this process."""
+    for name in OPERATIONS:
         original = getattr(os, name)
 
         def wrapped(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -45,12 +45,53 @@ def record(operations: tuple[str, ...], hook: Callable[[str, Any], None]) -> Non
         setattr(os, name, wrapped)
 
 
-def in_a_fork(work: Callable[[], None]) -> int | None:
-    """Run `work` in a process of its own. Returns its exit code, negative if a signal ended it."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
+    """Run `work` in a process of its own. Returns its exit code, negative if a signal ended it.
+
+    From a fork server, not forked from here: threads that earlier tests left behind would deadlock it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_writer"])
+    process = context.Process(target=work, args=arguments)
     process.start()
-    process.join()
+    process.join(60)
+    process.kill()  # if it still runs
     return process.exitcode
+
+
+def die_at_operation(directory: Path, number: int) -> None:
+    count = 0
+
+    def kill(_name: str, _path: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    call_before(kill)
+    save_and_rotate(directory)
+
+
+def check_the_order_of_syncs(directory: Path) -> None:
+    synced: list[str] = []
+
+    def note(name: str, argument: Any) -> None:
+        if name == "fsync":
+            synced.append(Path(f"/proc/self/fd/{argument}").readlink().name)
+        if name == "rename":
+            assert synced == ["state.pt", "manifest.json", ".tmp_step_00000300"]
+            assert sorted(path.name for path in Path(argument).iterdir()) == ["manifest.json", "state.pt"]
+            synced.append("renamed")
+
+    call_before(note)
+    write(directory, 300)
+    assert synced[3:] == ["renamed", directory.name]
+
+
+def write_more_than_the_limit(directory: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with pytest.raises(OSError, match="File too large"):
+        write(directory, 200, numbers=1_000_000)
 
 
 def test_what_is_written_verifies_and_loads_back(tmp_path: Path) -> None:
@@ -74,19 +115,7 @@ def test_invariant_1_a_sigkill_before_any_operation_leaves_older_checkpoints_and
         write(directory, 100)
         write(directory, 200)
 
-        def die_at_operation(directory: Path = directory, number: int = number) -> None:
-            count = 0
-
-            def kill(_name: str, _path: Any) -> None:
-                nonlocal count
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            record(OPERATIONS, kill)
-            save_and_rotate(directory)
-
-        died = in_a_fork(die_at_operation) == -signal.SIGKILL
+        died = in_a_process(die_at_operation, directory, number) == -signal.SIGKILL
 
         found = Catalog(directory)
         steps = [verify(path).global_step for path in found.paths()]  # none is half there
@@ -108,25 +137,7 @@ def test_invariant_1_a_sigkill_before_any_operation_leaves_older_checkpoints_and
 
 
 def test_invariant_1_everything_is_synced_before_it_becomes_visible(tmp_path: Path) -> None:
-    def check_order() -> None:
-        synced: list[str] = []
-        original_fsync, original_rename = os.fsync, os.rename
-
-        def fsync(descriptor: int) -> None:
-            synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-            original_fsync(descriptor)
-
-        def rename(source: Any, target: Any) -> None:
-            assert synced == ["state.pt", "manifest.json", ".tmp_step_00000300"]
-            assert sorted(path.name for path in Path(source).iterdir()) == ["manifest.json", "state.pt"]
-            original_rename(source, target)
-            synced.append("renamed")
-
-        os.fsync, os.rename = fsync, rename  # type: ignore[assignment]
-        write(tmp_path, 300)
-        assert synced[3:] == ["renamed", tmp_path.name]
-
-    assert in_a_fork(check_order) == 0
+    assert in_a_process(check_the_order_of_syncs, tmp_path) == 0
 
 
 def test_a_committed_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
@@ -139,13 +150,7 @@ def test_a_committed_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_whole(tmp_path: Path) -> None:
     write(tmp_path, 100)
-
-    def write_too_much() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        with pytest.raises(OSError, match="File too large"):
-            write(tmp_path, 200, numbers=1_000_000)
-
-    assert in_a_fork(write_too_much) == 0
+    assert in_a_process(write_more_than_the_limit, tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000100"]
     assert verify(tmp_path / "step_00000100").global_step == 100
 

@@ -1,5 +1,6 @@
 """The checkpoints of one run: list them in order, verify them, rotate them, set damaged ones aside."""
 
+import itertools
 import logging
 import re
 import shutil
@@ -12,6 +13,8 @@ from src.checkpoint.policy import CheckpointPolicy, Saved
 log = logging.getLogger(__name__)
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
+# Renamed and kept. While nothing else is there, the first two forbid to start over unasked.
+CORRUPT, RETIRED, OLD = "corrupt", "retired", "old"
 # Work in progress: a kill leaves these behind, and nobody ever reads them as a checkpoint.
 TEMPORARY_PREFIX = ".tmp_"
 _TRASH_PREFIX = ".trash_"
@@ -45,8 +48,8 @@ def verify(path: Path) -> Manifest:
 class Catalog:
     """The folder `checkpoints/` of a run.
 
-    `step_00000300/` came into being by one atomic rename, complete. Anything wrong with it later is
-    damage, not an unfinished save: unfinished ones are called `.tmp_…`. Order is by step, from the
+    `step_00000300/` came into being by one atomic rename, complete. Anything wrong with it later, be it a
+    missing manifest, is damage, not an unfinished save: those are called `.tmp_…`. Order is by step, from the
     name; modification times mean nothing (copying and syncing change them).
     """
 
@@ -73,17 +76,17 @@ class Catalog:
 
     def set_aside(self, path: Path, label: str) -> Path:
         """Rename a checkpoint so that it no longer counts, and keep it. Returns where it is now."""
-        target = path.with_name(f"{path.name}.{label}")
-        for number in range(2, 1_000_000):
-            if not target.exists():
-                break
-            target = path.with_name(f"{path.name}.{label}{number}")
+        name = f"{path.name.partition('.')[0]}.{label}"
+        names = itertools.chain([name], (f"{name}{number}" for number in itertools.count(2)))
+        target = next(folder for folder in map(path.with_name, names) if not folder.exists())
+        self._manifests.pop(path, None)
         path.rename(target)
         return target
 
     def were_set_aside(self, label: str) -> list[Path]:
         """What `set_aside` renamed earlier under this label."""
-        return sorted(self.directory.glob(f"step_*.{label}*"))
+        pattern = re.compile(rf"{_STEP_NAME.pattern}\.{label}\d*")
+        return sorted(path for path in self.directory.glob("step_*") if pattern.fullmatch(path.name))
 
     def retire_above(self, global_step: int) -> None:
         """Set aside what lies above a step that training goes back to on purpose.
@@ -92,7 +95,7 @@ class Catalog:
         """
         for path in self.paths():
             if (step_of(path) or 0) > global_step:
-                log.warning("retired %s: training goes on from step %d", self.set_aside(path, "retired"), global_step)
+                log.warning("%s is retired: renamed to %s", path, self.set_aside(path, RETIRED).name)
 
     def rotate(self, policy: CheckpointPolicy) -> None:
         """Delete what the policy no longer keeps. Call it only after a newer checkpoint is durable.
@@ -113,7 +116,10 @@ class Catalog:
         """Delete what a killed process left half-written or half-deleted. Only for the run's one writer."""
         for prefix in (TEMPORARY_PREFIX, _TRASH_PREFIX):
             for path in self.directory.glob(f"{prefix}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _manifest(self, path: Path) -> Manifest:
         # A committed manifest never changes, so it is read once: rotation stays cheap over a long run.

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.catalog import Catalog
+from src.checkpoint.catalog import CORRUPT, OLD, RETIRED, Catalog
 from src.checkpoint.manifest import Manifest
 from src.checkpoint.policy import CheckpointPolicy, Progress
-from src.checkpoint.resume import check_compatible, find_to_resume, load_weights
+from src.checkpoint.resume import check_compatible, find_to_resume
 from src.checkpoint.snapshot import snapshot
+from src.checkpoint.weights import load_weights
 from src.checkpoint.writer import write_checkpoint
-from src.errors import CheckpointError
+from src.errors import CheckpointError, ConfigError
 from src.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class Checkpointer:
         Args:
             config: The run's resolved config, kept in every manifest; resume refuses another.
             environment: What the last bits of the result depend on: versions, device, threads.
-            before_commit: Called before a checkpoint becomes visible; flushes logs, so that none
-                of what led to a checkpoint is missing after a resume from it.
+            before_commit: Called before a checkpoint becomes visible; flushes logs, so that after a kill
+                none of what led to a checkpoint is missing.
         """
         self.policy = policy
         self.catalog = catalog
@@ -59,6 +60,7 @@ class Checkpointer:
         self._before_commit = before_commit
         self._resumed_from: str | None = None
         self._failures = 0
+        self._retry_at = 0.0  # on the clock of Progress.seconds
         self._last = Progress(global_step=-1, epoch=0, seconds=time.monotonic())
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:
@@ -73,18 +75,24 @@ class Checkpointer:
                 or it does not fit the model.
             ConfigError: the config has drifted from the checkpoint's, or a path leads nowhere.
         """
+        for key, value in (("resume", resume), ("init_from", init_from)):
+            if not isinstance(value, str) and (key, value) != ("init_from", None):
+                raise ConfigError(key, value, "must be text: see the comment in conf/config.yaml")
         self.catalog.clear_leftovers()
-        found = find_to_resume(self.catalog, resume)
-        if found is not None:
-            path, manifest, saved, self._resumed_from = found
-            check_compatible(manifest, self._config, self._environment)
-            state.load_state_dict(saved)
-            log.info("resumed from %s: step %d, epoch %d", path, state.global_step, state.epoch)
-        elif init_from is not None:
-            load_weights(Path(init_from), state.model)
-        else:
-            log.info("starting afresh in %s", self.catalog.directory.parent)
+        found = find_to_resume(self.catalog, resume) if resume != "never" else None
+        if found is None:
+            self._start_afresh(state, resume, init_from)
+            return
+        check_compatible(found.manifest, self._config, self._environment)
+        state.load_state_dict(found.state)
+        self._resumed_from = found.origin
         self._last = self._progress(state)
+        log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
+        # Only now, when it is known to fit, is anything abandoned for it.
+        if found.retire_above is not None:
+            self.catalog.retire_above(found.retire_above)
+        if found.foreign:
+            self._save_at_last(state)
 
     def step(self, state: TrainState) -> SaveReport | None:
         """To be called after every optimizer step, and after the evaluation if the step ended an epoch.
@@ -96,7 +104,8 @@ class Checkpointer:
             CheckpointError: as many saves in a row have failed as the policy allows.
         """
         now = self._progress(state)
-        return self._save(state, now) if self.policy.should_save(now, self._last) else None
+        due = now.seconds >= self._retry_at if self._failures else self.policy.should_save(now, self._last)
+        return self._save(state, now) if due else None
 
     def finish(self, state: TrainState) -> SaveReport | None:
         """Save the last state, if the policy has not just done so.
@@ -104,10 +113,20 @@ class Checkpointer:
         Raises:
             CheckpointError: it could not be saved.
         """
-        now = self._progress(state)
-        if now.global_step == self._last.global_step:
-            return None
-        return self._save(state, now, last_chance=True)
+        return self._save_at_last(state) if state.global_step != self._last.global_step else None
+
+    def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
+        if init_from is not None:
+            load_weights(init_from, state.model)
+        if resume == "never":
+            for path in [
+                *self.catalog.paths(),
+                *self.catalog.were_set_aside(CORRUPT),
+                *self.catalog.were_set_aside(RETIRED),
+            ]:
+                log.warning("resume=never: %s is kept as %s", path, self.catalog.set_aside(path, OLD).name)
+        self._last = self._progress(state)
+        log.info("starting afresh in %s", self.catalog.directory.parent)
 
     def _progress(self, state: TrainState) -> Progress:
         return Progress(
@@ -118,7 +137,13 @@ class Checkpointer:
             is_best=state.best is not None and state.best["global_step"] == state.global_step,
         )
 
-    def _save(self, state: TrainState, now: Progress, *, last_chance: bool = False) -> SaveReport | None:
+    def _save_at_last(self, state: TrainState) -> SaveReport:
+        """Save now, however often it takes, within what the policy allows."""
+        while (report := self._save(state, self._progress(state))) is None:
+            time.sleep(self.policy.retry_after)
+        return report
+
+    def _save(self, state: TrainState, now: Progress) -> SaveReport | None:
         start = time.perf_counter()
         try:
             host_state = snapshot(state.state_dict())
@@ -126,7 +151,8 @@ class Checkpointer:
             path, manifest = write_checkpoint(self.catalog.directory, host_state, self._manifest(host_state, state))
         except OSError as error:
             self._failures += 1
-            self._report_failure(now.global_step, error, stop=last_chance or self._failures >= self.policy.max_failures)
+            self._retry_at = time.monotonic() + self.policy.retry_after
+            self._report_failure(now.global_step, error)
             return None
         self._failures = 0
         self._last = now
@@ -136,20 +162,21 @@ class Checkpointer:
         self.stall_total += stall
         return SaveReport(now.global_step, path, sum(entry.size for entry in manifest.files.values()), stall)
 
-    def _report_failure(self, global_step: int, error: OSError, *, stop: bool) -> None:
+    def _report_failure(self, global_step: int, error: OSError) -> None:
         newest = next((path.name for path in reversed(self.catalog.paths())), "none")
         reason = f"cannot save step {global_step} in {self.catalog.directory}: {error.strerror or error}"
-        if stop:
+        if self._failures >= self.policy.max_failures:
             raise CheckpointError(
                 f"{reason}. Training stops: nothing after the newest checkpoint ({newest}) would survive. "
                 "Mend the disk, then run the same command again"
             ) from error
         log.error(
-            "%s (failure %d of checkpoint.max_failures=%d in a row; the newest checkpoint is %s)",
+            "%s (failure %d of checkpoint.max_failures=%d in a row; the newest checkpoint is %s; next try in %g s)",
             reason,
             self._failures,
             self.policy.max_failures,
             newest,
+            self.policy.retry_after,
         )
 
     def _manifest(self, host_state: Mapping[str, Any], state: TrainState) -> Manifest:

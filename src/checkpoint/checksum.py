@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from awscrt.checksums import crc64nvme
 
-from src.checkpoint.manifest import CorruptCheckpoint, FileEntry
+from src.checkpoint.manifest import NOT_THERE, CorruptCheckpoint, FileEntry
 
 _CHUNK = 16 * 1024 * 1024  # bytes
 
@@ -43,6 +43,7 @@ def verify_file(path: Path, expected: FileEntry) -> None:
 
     Raises:
         CorruptCheckpoint: the file is missing, or its size or checksum is another.
+        OSError: the disk cannot be read just now, which says nothing about the file.
     """
     try:
         size = path.stat().st_size
@@ -54,10 +55,8 @@ def verify_file(path: Path, expected: FileEntry) -> None:
             view = memoryview(buffer)
             while count := file.readinto(buffer):
                 crc = crc64nvme(view[:count], crc)
-    except FileNotFoundError:
+    except NOT_THERE:
         raise CorruptCheckpoint(f"{path.name} is missing") from None
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path.name} is unreadable ({error})") from error
     if _format(crc) != expected.checksum:
         raise CorruptCheckpoint(f"{path.name} has checksum {_format(crc)}, the manifest says {expected.checksum}")
 

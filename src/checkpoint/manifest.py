@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint says of itself. A checkpoint exists if and only if it has one."""
+"""The manifest: what a checkpoint says of itself, and the last of its files to be written."""
 
 import json
 import math
@@ -8,12 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.errors import CheckpointError
+
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.pt"
 
 # One path component, so a manifest from elsewhere cannot name a file outside its own folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What the operating system says where a file should be and is not. Any other OSError may pass."""
 
 
 class CorruptCheckpoint(Exception):
@@ -45,7 +51,7 @@ class Manifest:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """The evaluation of exactly these weights; empty if they were not evaluated."""
     best: Mapping[str, Any] | None = None
-    """The best evaluation so far: `metric`, `value`, `global_step`."""
+    """The best evaluation so far: `metric`, `mode`, `value`, `global_step`."""
     resumed_from: str | None = None
     """The `resume=PATH` that this lineage of checkpoints goes back to."""
     world_size: int = 1
@@ -67,14 +73,16 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest. Its contents are data from a disk or bucket, not to be trusted.
 
     Raises:
-        CorruptCheckpoint: it is missing, is not JSON of the expected shape, or is of a newer format.
+        CorruptCheckpoint: it is missing, or is not JSON of the expected shape.
+        CheckpointError: it is of a newer format: good, but not for this code.
+        OSError: the disk cannot be read just now, which says nothing about the checkpoint.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except NOT_THERE:
         raise CorruptCheckpoint(f"{path.name} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path.name} is unreadable ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path.name} is no JSON ({error})") from error
 
     def take(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = data.get(key, default)
@@ -84,8 +92,12 @@ def read_manifest(path: Path) -> Manifest:
 
     if not isinstance(data, dict):
         raise CorruptCheckpoint(f"{path.name} is not an object")
-    if take("format", int) != FORMAT:
-        raise CorruptCheckpoint(f"{path.name} has format {data['format']}; this code reads {FORMAT}")
+    if take("format", int) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {data['format']}, this code reads {FORMAT}: use the code that wrote it"
+        )
+    if data["format"] != FORMAT:
+        raise CorruptCheckpoint(f"{path.name} has format {data['format']}")
     files = {}
     for name, entry in take("files", dict).items():
         size, checksum = (entry.get("size"), entry.get("checksum")) if isinstance(entry, dict) else (None, None)

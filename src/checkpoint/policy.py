@@ -25,9 +25,9 @@ class Progress:
     seconds: float
     """A monotonic clock; only differences mean anything."""
     epoch_end: bool = False
-    """This step completed an epoch, and `metrics` are its evaluation."""
+    """This step completed an epoch, and the epoch has been evaluated."""
     is_best: bool = False
-    """`metrics` hold the best value of the monitored metric so far."""
+    """That evaluation is the best so far, by the monitored metric."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class CheckpointPolicy(ABC):
     """Keep one checkpoint out of each stretch of this many steps for ever."""
     max_failures: int = 3
     """Stop training when this many saves in a row have failed."""
+    retry_after: float = 30.0
+    """Seconds until a failed save is tried again."""
 
     def __post_init__(self) -> None:
         require_int("checkpoint.keep", self.keep, 1, "newest checkpoints to keep")
@@ -62,6 +64,7 @@ class CheckpointPolicy(ABC):
         if self.keep_every is not None:
             require_int("checkpoint.keep_every", self.keep_every, 1, "steps; or null")
         require_int("checkpoint.max_failures", self.max_failures, 1, "failed saves in a row")
+        require_number("checkpoint.retry_after", self.retry_after, "seconds until a failed save is retried", at_least=0)
 
     @abstractmethod
     def due(self, now: Progress, last: Progress) -> bool:
@@ -79,15 +82,16 @@ class CheckpointPolicy(ABC):
         """The best evaluation after a new one: `best` so far, or the new one if it beats it. NaN never does.
 
         Returns:
-            `metric`, `value`, `global_step`; None if there is no number yet.
+            `metric`, `mode`, `value`, `global_step`; None if there is no number yet.
         """
         value = metrics[self.monitor]
-        # A best of another metric (checkpoint.monitor was changed) says nothing about this one.
-        reigning = dict(best) if best and best["metric"] == self.monitor else None
+        # A best by another metric or mode (the setting was changed) says nothing about this one.
+        same = best and (best["metric"], best["mode"]) == (self.monitor, self.mode)
+        reigning = dict(best) if best and same else None
         if math.isnan(value):
             return reigning
         if reigning is None or (value - reigning["value"]) * self._sign > 0:
-            return {"metric": self.monitor, "value": value, "global_step": global_step}
+            return {"metric": self.monitor, "mode": self.mode, "value": value, "global_step": global_step}
         return reigning
 
     def to_keep(self, saved: Sequence[Saved]) -> set[int]:

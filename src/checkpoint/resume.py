@@ -1,37 +1,51 @@
-"""Disk -> state: find the newest good checkpoint, check that it belongs to this run, and load it."""
+"""Disk -> state: find the newest good checkpoint, load it, and check that it belongs to this run."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from src.checkpoint.catalog import Catalog, step_of, verify
+from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
-from src.state import strip_prefixes
 
 log = logging.getLogger(__name__)
 
-_CORRUPT, _RETIRED = "corrupt", "retired"
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that training goes on from."""
+
+    path: Path
+    manifest: Manifest
+    state: dict[str, Any]
+    origin: str | None
+    """The `resume=PATH` that this and all later checkpoints of the run go back to."""
+    retire_above: int | None = None
+    """Going on from here abandons this run's checkpoints above this step; None if there is nothing to abandon."""
+    foreign: bool = False
+    """It is another run's: this one has no checkpoint of the state yet."""
 
 
 def load_file(path: Path) -> Any:
     """Read a `.pt` file into host memory, whatever device it was saved from, without executing anything in it.
 
     Raises:
-        CorruptCheckpoint: it is missing, damaged, or holds anything but tensors and plain values.
+        CorruptCheckpoint: it is damaged, or holds anything but tensors and plain values.
+        OSError: it cannot be read.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # what torch.load raises on a damaged file is not specified
-        reason = str(error).strip().split("\n")[0]
-        raise CorruptCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__}: {reason})") from error
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # what torch.load raises on a damaged file is not specified
+            reason = str(error).strip().split("\n")[0]
+            raise CorruptCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -39,6 +53,7 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
 
     Raises:
         CorruptCheckpoint: it is not what was saved.
+        OSError: the disk cannot be read just now.
     """
     manifest = verify(path)
     state = load_file(path / STATE_NAME)
@@ -50,7 +65,8 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
 def newest_good(catalog: Catalog) -> tuple[Path, Manifest, dict[str, Any]] | None:
     """The newest checkpoint that verifies and loads; None if there never was one.
 
-    Damaged ones above it are set aside (renamed, kept) and reported.
+    Damaged ones above it are set aside (renamed, kept) and reported. A disk that cannot be read is no
+    damage: nothing is set aside for it.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read. Training must not start over by itself.
@@ -62,10 +78,15 @@ def newest_good(catalog: Catalog) -> tuple[Path, Manifest, dict[str, Any]] | Non
         except CorruptCheckpoint as error:
             damaged.append((path, str(error)))
             continue
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror or error}). Mend the disk and run the same command again; if "
+                "it is beyond mending, rename the folder, and the checkpoint before it is used"
+            ) from error
         for bad, reason in damaged:
-            log.error("damaged checkpoint %s: %s; set aside as %s", bad, reason, catalog.set_aside(bad, _CORRUPT).name)
+            log.error("damaged checkpoint %s: %s; set aside as %s", bad, reason, catalog.set_aside(bad, CORRUPT).name)
         return path, manifest, state
-    damaged += [(path, "set aside earlier") for path in catalog.were_set_aside(_CORRUPT)]
+    damaged += [(path, "set aside earlier") for label in (CORRUPT, RETIRED) for path in catalog.were_set_aside(label)]
     if damaged:
         found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
         raise CheckpointError(
@@ -75,30 +96,26 @@ def newest_good(catalog: Catalog) -> tuple[Path, Manifest, dict[str, Any]] | Non
     return None
 
 
-def find_to_resume(catalog: Catalog, resume: str) -> tuple[Path, Manifest, dict[str, Any], str | None] | None:
-    """Carry out `resume=auto|required|never|PATH`.
+def find_to_resume(catalog: Catalog, resume: str) -> Found | None:
+    """Find what `resume=auto|required|PATH` asks for. Abandons nothing yet: it may turn out not to fit.
 
-    With PATH, a checkpoint's or a run's folder, training goes on from there on purpose: what this run
-    had above it is retired. The same command run again after a kill does not go back a second time,
-    but on from the newest checkpoint that descends from PATH (its manifest says so).
+    With PATH, a checkpoint's or a run's folder, training goes on from there on purpose. The same command
+    run again after a kill does not go back a second time, but on from the newest checkpoint that descends
+    from PATH (its manifest says so).
 
     Returns:
-        The checkpoint's folder, manifest and state, and the PATH it descends from, if any; or None to start afresh.
+        None to start afresh.
 
     Raises:
         CheckpointError: nothing to resume where there has to be, or nothing readable.
         ConfigError: PATH is no checkpoint.
     """
-    if resume == "never":
-        for path in [*catalog.paths(), *catalog.were_set_aside(_CORRUPT)]:
-            log.warning("resume=never: kept %s as %s", path, catalog.set_aside(path, _RETIRED).name)
-        return None
     if resume not in ("auto", "required"):
         return _find_path(catalog, Path(resume))
     found = newest_good(catalog)
     if found is None and resume == "required":
         raise CheckpointError(f"resume=required, but {catalog.directory} has no checkpoint; resume=auto starts afresh")
-    return (*found, found[1].resumed_from) if found else None
+    return Found(*found, origin=found[1].resumed_from) if found else None
 
 
 def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -121,70 +138,24 @@ def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment:
         if manifest.environment.get(key, value) != value
     ]
     if changed:
-        log.warning("the machine differs from the checkpoint's (%s): exact to the last bit no more", ", ".join(changed))
+        log.warning("not as when the checkpoint was made: %s; exact to the last bit no more", ", ".join(changed))
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Start from other weights (`init_from`): load what fits into `model`, and list what does not.
+def checkpoint_at(key: str, path: Path) -> Path:
+    """The checkpoint that a path given by hand means: itself, or the newest good one of a run.
+
+    Reads only: another run's damaged checkpoints are not ours to rename.
 
     Args:
-        path: A checkpoint's folder, a run's folder, or a `.pt` file that holds a state_dict, bare or
-            under `model_state_dict`, `state_dict` or `model`.
+        key: The setting that holds the path, for the error.
 
     Raises:
-        ConfigError: there is no such file, it cannot be loaded safely, or nothing in it fits.
+        ConfigError: there is none.
     """
-    try:
-        loaded = load_file(path) if path.is_file() else load_checkpoint(_checkpoint_at("init_from", path))[1]
-    except CorruptCheckpoint as error:
-        raise ConfigError("init_from", path, str(error)) from error
-    for key in ("model_state_dict", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    saved = strip_prefixes(loaded, model) if isinstance(loaded, dict) else {}
-    own = model.state_dict()
-    fits = {
-        key: value
-        for key, value in saved.items()
-        if key in own and isinstance(value, Tensor) and value.shape == own[key].shape
-    }
-    if not fits:
-        raise ConfigError("init_from", path, "holds no tensor that fits the model; is it of the same kind?")
-    model.load_state_dict(fits, strict=False)
-    log.info(
-        "init_from=%s: loaded %d of the model's %d tensors; the optimizer starts afresh", path, len(fits), len(own)
-    )
-    for key in own.keys() - fits.keys():
-        reason = f"has shape {_shape(saved[key])} in the file" if key in saved else "is not in the file"
-        log.warning("init_from: %s, shape %s here, %s: it keeps its random start", key, _shape(own[key]), reason)
-    for key in saved.keys() - own.keys():
-        log.warning("init_from: %s in the file has no place in the model: left out", key)
-
-
-def _find_path(catalog: Catalog, path: Path) -> tuple[Path, Manifest, dict[str, Any], str | None]:
-    origin = str(path.resolve())
-    own = newest_good(catalog)
-    if own is not None and own[1].resumed_from == origin:
-        return (*own, origin)
-    source = _checkpoint_at("resume", path).resolve()
-    try:
-        manifest, state = load_checkpoint(source)
-    except CorruptCheckpoint as error:
-        raise CheckpointError(f"resume={path}: {error}") from error
-    is_own = source.parent == catalog.directory.resolve()
-    catalog.retire_above(manifest.global_step if is_own else -1)
-    return source, manifest, state, origin
-
-
-def _checkpoint_at(key: str, path: Path) -> Path:
-    """The checkpoint that a path given by hand means: itself, or the newest good one of a run."""
-    if path.name in (STATE_NAME, MANIFEST_NAME):
-        path = path.parent
+    path = _folder_of(path)
     if step_of(path) is not None and path.is_dir():
         return path
     for folder in (path / "checkpoints", path):
-        # Read only: another run's damaged checkpoints are not ours to rename.
         for candidate in reversed(Catalog(folder).paths()):
             try:
                 verify(candidate)
@@ -195,5 +166,24 @@ def _checkpoint_at(key: str, path: Path) -> Path:
     raise ConfigError(key, path, "is no checkpoint; name a folder step_…, or a run directory that has some")
 
 
-def _shape(value: Any) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _find_path(catalog: Catalog, path: Path) -> Found:
+    origin = str(_folder_of(path).resolve())
+    own = catalog.readable()
+    if own and own[-1][1].resumed_from == origin:
+        found = newest_good(catalog)
+        if found is not None:
+            log.info("resume=%s: already done; going on from what came of it", path)
+            return Found(*found, origin=origin)
+    source = checkpoint_at("resume", path).resolve()
+    try:
+        manifest, state = load_checkpoint(source)
+    except (CorruptCheckpoint, OSError) as error:
+        raise CheckpointError(f"resume={path}: {error}") from error
+    is_own = source.parent == catalog.directory.resolve()
+    return Found(
+        source, manifest, state, origin, retire_above=manifest.global_step if is_own else -1, foreign=not is_own
+    )
+
+
+def _folder_of(path: Path) -> Path:
+    return path.parent if path.name in (STATE_NAME, MANIFEST_NAME) else path

@@ -6,6 +6,7 @@ every sample (see `loader.py`), so results do not depend on the number of worker
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Data:
     """Pixels, height and width."""
     batch_size: int
     """Samples per optimizer step."""
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What must not change under a run that is resumed, wherever the files are."""
+        names = blake2b("\n".join(self.classes).encode(), digest_size=8).hexdigest()
+        return {"train_size": self.train_size, "val_size": self.val_size, "classes": names}
 
 
 class TensorImages(Dataset[Any]):

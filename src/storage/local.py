@@ -61,7 +61,9 @@ class LocalStorage:
                 directory,
                 f"cannot be written to ({error.strerror}); free the disk, mend its permissions, or choose another",
             ) from error
-        held = sum(file.stat().st_size for file in directory.glob("step_*/*"))
+        # What a resumed run has there already will be rotated away as new ones come.
+        held = sum(file.stat().st_size for file in directory.glob("step_????????/*"))
+        held = min(held, copies * checkpoint_bytes)
         needed = copies * checkpoint_bytes + self.min_free_gb * _GB
         free = shutil.disk_usage(directory).free + held
         if free < needed:
