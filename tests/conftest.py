@@ -1,5 +1,7 @@
 """What the tests share: ways to run the real train.py, in a process of its own or in this one."""
 
+import logging
+import multiprocessing
 import os
 import random
 import runpy
@@ -19,6 +21,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from src import summary
+
+# Processes that tests start come from a server that has imported what they need, once for all of them.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "tests.test_writer", "tests.test_loader"])
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -128,6 +133,10 @@ def train(
             runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
         except SystemExit as error:
             status = int(error.code or 0)
+        for handler in logging.getLogger().handlers[:]:
+            if isinstance(handler, logging.FileHandler):  # Hydra's, of the run that has ended
+                logging.getLogger().removeHandler(handler)
+                handler.close()
         return Result(status, returned[0] if returned else None, "".join(capsys.readouterr()))
 
     monkeypatch.setattr(summary, "summarize", summarize)  # Hydra swallows what main returns

@@ -50,9 +50,7 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
 
     From a fork server, not forked from here: threads that earlier tests left behind would deadlock it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_writer"])
-    process = context.Process(target=work, args=arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
     process.start()
     process.join(60)
     process.kill()  # if it still runs
