@@ -54,6 +54,8 @@ def check_types(group: str, config: DictConfig) -> None:
     Raises:
         ConfigError: names the key, the value, and what it must be.
     """
+    if not config.get("_target_"):
+        raise ConfigError(group, dict(config), "names no _target_; choose another option of the group")
     target = get_object(config["_target_"])
     try:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]

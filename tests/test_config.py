@@ -147,6 +147,7 @@ WRONG = {
     "checkpoint.mode=best": "checkpoint.mode=best: must be one of max, min",
     "checkpoint.monitor=accuracy": "checkpoint.monitor=accuracy: must be one of val/loss, val/accuracy",
     "checkpoint.max_failures=0": "checkpoint.max_failures=0: must be",
+    "checkpoint=_retention": "names no _target_",
     "checkpoint=hourly": "'checkpoint/hourly' Available options in 'checkpoint'",
     "model=resnet19": "'model/resnet19' Available options in 'model'",
     "model.depth=19": "model.depth=19: must be one of 18, 34, 50, 101",

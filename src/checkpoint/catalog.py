@@ -100,17 +100,16 @@ class Catalog:
     def rotate(self, policy: CheckpointPolicy) -> None:
         """Delete what the policy no longer keeps. Call it only after a newer checkpoint is durable.
 
-        A failure to delete is reported, not raised: it costs disk space, never a checkpoint.
+        A disk that refuses is reported, not raised: it costs space, never a checkpoint.
         """
-        checkpoints = self.readable()
-        keep = policy.to_keep([Saved(manifest.global_step, manifest.metrics) for _, manifest in checkpoints])
-        for path, manifest in checkpoints:
-            if manifest.global_step not in keep:
-                self._manifests.pop(path, None)
-                try:
+        try:
+            checkpoints = self.readable()
+            keep = policy.to_keep([Saved(manifest.global_step, manifest.metrics) for _, manifest in checkpoints])
+            for path, manifest in checkpoints:
+                if manifest.global_step not in keep:
                     self._delete(path)
-                except OSError as error:
-                    log.warning("could not delete the old checkpoint %s (%s)", path, error)
+        except OSError as error:
+            log.warning("could not delete old checkpoints in %s (%s)", self.directory, error)
 
     def clear_leftovers(self) -> None:
         """Delete what a killed process left half-written or half-deleted. Only for the run's one writer."""
@@ -128,6 +127,7 @@ class Catalog:
         return self._manifests[path]
 
     def _delete(self, path: Path) -> None:
+        self._manifests.pop(path, None)
         # Renamed first: a kill half-way through never leaves half a checkpoint under a real name.
         trash = path.with_name(_TRASH_PREFIX + path.name)
         shutil.rmtree(trash, ignore_errors=True)
