@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
 from src.launch import build, one_line_errors
+from src.preemption import StopSignals
 from src.run import Run, register_resolvers
 from src.summary import summarize
 from src.tracker import Tracker
@@ -42,7 +43,8 @@ def main(config: DictConfig) -> float:
         storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
 
         checkpointer.restore(state, config.resume, config.init_from)
-        trainer.fit(state, data, checkpointer, tracker)
+        with StopSignals() as stop:
+            trainer.fit(state, data, checkpointer, tracker, stop)
         return summarize(run, state, checkpointer, tracker)
 
 

@@ -19,6 +19,7 @@ from src.checkpoint.policy import CheckpointPolicy
 from src.data.datasets import Data
 from src.data.loader import ResumableLoader
 from src.errors import ConfigError, require_choice, require_int, require_number
+from src.preemption import Stopped, StopSignals
 from src.rng import seed_everything
 from src.state import TrainState
 from src.tracker import Tracker
@@ -148,14 +149,17 @@ class Trainer:
                 "BatchNorm needs more than one; choose another",
             )
 
-    def fit(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker) -> None:
-        """Train from wherever `state` is to the end of the last epoch.
+    def fit(
+        self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: StopSignals
+    ) -> None:
+        """Train from wherever `state` is to the end of the last epoch, or until a signal asks to stop.
 
         Nothing in a step waits for the GPU, except a GradScaler's own check (fp16) and the log's fetch
         of the loss every `log_every` steps.
 
         Raises:
             CheckpointError: checkpoints cannot be saved any more.
+            Stopped: a signal came; the state is saved.
         """
         if state.epoch >= self.epochs:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
@@ -194,6 +198,9 @@ class Trainer:
                     tracker.log_step(state.global_step, state.epoch, self._training_metrics(state, grad_norm))
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
                     tracker.log_checkpoint(checkpointer.step(state))
+                    if stop.requested:
+                        checkpointer.finish(state)
+                        raise Stopped(stop.requested, state.global_step)
 
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
             metrics = self.evaluate(model, val_batches)

@@ -14,6 +14,7 @@ from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.policy import EverySteps
 from src.data.datasets import Data, synthetic
 from src.models import small_cnn
+from src.preemption import StopSignals
 from src.state import TrainState
 from src.tracker import Tracker
 from src.trainer import Trainer
@@ -34,7 +35,7 @@ def fit(directory: Path, data: Data, model: nn.Module, *, lr: float = 0.1, **set
     checkpointer = Checkpointer(EverySteps(every=10**9, keep_best=0), Catalog(directory), {}, {}, lambda: None)
     with Tracker(directory, {}) as tracker:
         checkpointer.restore(state, "auto", None)
-        trainer.fit(state, data, checkpointer, tracker)
+        trainer.fit(state, data, checkpointer, tracker, StopSignals())
     return state
 
 

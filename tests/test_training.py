@@ -106,15 +106,24 @@ def test_invariant_10_a_second_process_in_the_run_directory_is_refused(training:
     assert first.poll() is None
 
 
-def test_control_c_ends_without_a_traceback_and_the_run_goes_on_later(training: Training) -> None:
-    process = training.start(*LONG, "trainer.epochs=100000", "trainer.workers=1")
-    wait_for(lambda: newest_step(training.checkpoints) > 0, process)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_the_step_and_goes_on_later_with_the_same_bits(
+    training: Training, uninterrupted: Path, number: signal.Signals
+) -> None:
+    command = (*LONG, "checkpoint.every=1000", "checkpoint.keep_best=0", "trainer.workers=1")
+    process = training.start(*command)
+    wait_for(lambda: (training.run / "tensorboard").exists(), process)
+    process.send_signal(number)
     result = training.finish(process)
-    assert result.status == 130
-    assert "run the same command again" in result.output
+    assert result.status == 128 + number
     assert "Traceback" not in result.output
-    assert newest_step(training.checkpoints) > 0
+    stopped_after = re.search(
+        rf"^stopped by {number.name} after step (\d+), which is saved", result.output, re.MULTILINE
+    )
+    assert stopped_after
+    assert newest_step(training.checkpoints) == int(stopped_after[1])
+    assert training.finish(training.start(*LONG)).status == 0
+    assert differences(final_state(uninterrupted), final_state(training.run)) == []
 
 
 def test_a_disk_that_refuses_stops_training_loudly_with_older_checkpoints_whole(training: Training) -> None:
