@@ -38,13 +38,21 @@ def main(config: DictConfig) -> float:
 
         catalog = Catalog(run.directory / "checkpoints")
         identity = run.config | {"data_set": data.fingerprint()}
-        checkpointer = Checkpointer(policy, catalog, identity, trainer.environment(), tracker.flush)
+        checkpointer = Checkpointer(
+            policy,
+            catalog,
+            identity,
+            trainer.environment(),
+            before_commit=tracker.flush,
+            on_saved=tracker.log_checkpoint,
+        )
         trainer.check(data, model, policy)
         storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
 
-        checkpointer.restore(state, config.resume, config.init_from)
-        with StopSignals() as stop:
-            trainer.fit(state, data, checkpointer, tracker, stop)
+        with checkpointer:
+            checkpointer.restore(state, config.resume, config.init_from)
+            with StopSignals() as stop:
+                trainer.fit(state, data, checkpointer, tracker, stop)
         return summarize(run, state, checkpointer, tracker)
 
 

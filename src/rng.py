@@ -33,14 +33,14 @@ def rng_state() -> dict[str, Any]:
     """The state of every generator, in types that `torch.load(weights_only=True)` accepts.
 
     Returns:
-        `python`: version, 625 integers, cached gaussian; `numpy`: the Mersenne twister's key (int64
-        tensor of 624), position, and cached gaussian; `torch`: uint8 tensor; `cuda`: one per GPU.
+        `python`: version, the Mersenne twister's key and position (int64 tensor of 625), cached gaussian; `numpy`:
+        its key (int64 tensor of 624), position, and cached gaussian; `torch`: uint8 tensor; `cuda`: one per GPU.
     """
     version, key, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)
     assert isinstance(legacy, dict)
     return {
-        "python": [version, list(key), gauss],
+        "python": [version, torch.tensor(key), gauss],
         "numpy": {
             "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
             "pos": int(legacy["state"]["pos"]),
@@ -55,7 +55,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned. GPUs that are not there any more are left out."""
     version, key, gauss = state["python"]
-    random.setstate((version, tuple(key), gauss))
+    random.setstate((version, tuple(key.tolist()), gauss))
     numpy_state = state["numpy"]
     np.random.set_state(
         {

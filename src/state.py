@@ -47,6 +47,25 @@ class TrainState:
         """Whether `metrics` are of exactly these weights: an epoch has just ended."""
         return self.samples == 0 and self.epoch > 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where training happens."""
+        return self.loss.device
+
+    def updated_tensors(self) -> list[Tensor]:
+        """The tensors that change in `optimizer.step()` and at no other time: parameters and the optimizer's state.
+
+        A snapshot may still read them during the next forward and backward. Whatever else the state holds
+        may change there, so when in doubt leave a tensor out.
+        """
+        moments = (value for values in self.optimizer.state.values() for value in values.values())
+        buffers = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
+        return [
+            tensor
+            for tensor in (*self.model.parameters(), *moments)
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in buffers
+        ]
+
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be. Optimizers make their state in the first step: until
         then it is taken to be two numbers per parameter, as Adam's is."""
@@ -85,7 +104,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the state that was saved. Tensors go to the devices that model and optimizer are on.
+        """Become the state that was saved. Tensors are copied, to the devices that model and optimizer are on.
 
         Raises:
             CheckpointError: the state is of another model or optimizer; this one is then half-loaded.
@@ -93,14 +112,17 @@ class TrainState:
         try:
             self.model.load_state_dict(strip_prefixes(state["model_state_dict"], self.model))
             self.optimizer.load_state_dict(state["optimizer_state_dict"])
+            for moments in self.optimizer.state.values():
+                # On a CPU torch's optimizers take the tensors as they are instead of copying them.
+                moments.update({k: v.clone() for k, v in moments.items() if isinstance(v, Tensor) and v.is_cpu})
             self.scheduler.load_state_dict(state["lr_scheduler_state_dict"])
             if state["scaler_state_dict"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler_state_dict"])
             self.epoch = state["epoch"]
             self.global_step = state["global_step"]
             self.samples = state["samples"]
-            self.loss = state["loss"].to(self.loss.device)
-            self.totals = state["totals"].to(self.totals.device)
+            self.loss.copy_(state["loss"])
+            self.totals.copy_(state["totals"])
             self.metrics = dict(state["metrics"])
             self.best = state["best"]
             set_rng_state(state["rng_state"])

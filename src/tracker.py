@@ -100,10 +100,14 @@ class Tracker:
         ]
         self._board.pictures("val/predictions", global_step, inputs, captions)
 
-    def log_checkpoint(self, report: SaveReport | None) -> None:
-        """Log what a save cost, if there was one."""
-        if report is not None:
-            costs = {"checkpoint/stall_ms": 1e3 * report.stall, "checkpoint/megabytes": report.bytes / 1e6}
+    def log_checkpoint(self, report: SaveReport) -> None:
+        """Log what a save cost."""
+        if self.started:
+            costs = {
+                "checkpoint/stall_ms": 1e3 * report.stall,
+                "checkpoint/seconds_to_durable": report.seconds,
+                "checkpoint/megabytes": report.bytes / 1e6,
+            }
             self._board.scalars(report.global_step, costs)
 
     def flush(self) -> None:

@@ -186,6 +186,7 @@ class Trainer:
                     state.totals[1] += (logits.detach().argmax(1) == y).sum()
                 state.totals[0] += state.loss * len(images)
 
+                checkpointer.wait_for_snapshot()  # of the step before: parameters may change now
                 scaler.unscale_(optimizer)
                 grad_norm = self._clip_gradients(state.model)
                 scaler.step(optimizer)
@@ -197,7 +198,7 @@ class Trainer:
                 if state.global_step % self.log_every == 0:
                     tracker.log_step(state.global_step, state.epoch, self._training_metrics(state, grad_norm))
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
-                    tracker.log_checkpoint(checkpointer.step(state))
+                    checkpointer.step(state)
                     if stop.requested:
                         checkpointer.finish(state)
                         raise Stopped(stop.requested, state.global_step)
@@ -208,9 +209,9 @@ class Trainer:
             averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
             tracker.log_epoch(state.global_step, state.epoch, averages | metrics)
             self._show_predictions(model, data, tracker, state.global_step)
-            tracker.log_checkpoint(checkpointer.step(state))
+            checkpointer.step(state)
 
-        tracker.log_checkpoint(checkpointer.finish(state))
+        checkpointer.finish(state)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: ResumableLoader) -> dict[str, float]:

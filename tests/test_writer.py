@@ -1,5 +1,7 @@
 """Invariant 1, commit: a checkpoint is there completely or not at all, whatever kills the writer when."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -10,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.serialization import get_crc32_options
 
 from src.checkpoint.catalog import Catalog, verify
+from src.checkpoint.checksum import verify_file
+from src.checkpoint.direct import DirectFile
 from src.checkpoint.manifest import Manifest
 from src.checkpoint.policy import EverySteps
 from src.checkpoint.resume import load_checkpoint, newest_good
 from src.checkpoint.writer import write_checkpoint
 
-OPERATIONS = ("mkdir", "open", "fsync", "rename", "rmdir", "unlink")
+OPERATIONS = ("mkdir", "open", "write", "fsync", "rename", "rmdir", "unlink")
 
 
 def state_of(step: int, numbers: int = 1000) -> dict[str, Any]:
@@ -104,6 +109,50 @@ def test_what_is_written_verifies_and_loads_back(tmp_path: Path) -> None:
 def test_plain_torch_reads_it(tmp_path: Path, mmap: bool) -> None:
     state = torch.load(write(tmp_path, 7) / "state.pt", weights_only=True, mmap=mmap)
     assert torch.equal(state["weights"], torch.full((1000,), 7.0))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 8 * 2**20 - 1, 8 * 2**20, 8 * 2**20 + 1, 20_000_003])
+def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    with DirectFile(tmp_path / "file") as file:
+        for start in range(0, size, 7_000_001):
+            file.write(content[start : start + 7_000_001])
+        entry = file.commit()
+    assert (tmp_path / "file").read_bytes() == content
+    verify_file(tmp_path / "file", entry)
+
+
+@pytest.mark.parametrize("refused", ["open", "write"])
+def test_where_direct_io_is_refused_it_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Some file systems refuse the flag, some the first write."""
+    original: Callable[..., Any] = getattr(os, refused)
+    refusals = 0
+
+    def refuse(target: Any, argument: Any, *rest: Any) -> Any:
+        nonlocal refusals
+        flags = argument if refused == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            refusals += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(target, argument, *rest)
+
+    content = os.urandom(20_000_003)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, refused, refuse)
+        with DirectFile(tmp_path / "file") as file:
+            file.write(content)
+            entry = file.commit()
+    assert refusals == 1
+    assert (tmp_path / "file").read_bytes() == content
+    verify_file(tmp_path / "file", entry)
+
+
+def test_the_members_checksums_of_torch_save_are_as_before_after_a_save(tmp_path: Path) -> None:
+    assert get_crc32_options()
+    write(tmp_path, 1)
+    assert get_crc32_options()
 
 
 def test_invariant_1_a_sigkill_before_any_operation_leaves_older_checkpoints_and_no_half_one(tmp_path: Path) -> None:

@@ -3,22 +3,24 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from src.checkpoint.catalog import CORRUPT, OLD, RETIRED, Catalog
+from src.checkpoint.cost import CostMeter
 from src.checkpoint.manifest import Manifest
 from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.resume import check_compatible, find_to_resume
-from src.checkpoint.snapshot import snapshot
+from src.checkpoint.saver import Save, Saver
 from src.checkpoint.weights import load_weights
-from src.checkpoint.writer import write_checkpoint
 from src.errors import CheckpointError, ConfigError
 from src.state import TrainState
 
 log = logging.getLogger(__name__)
+
+_NOTICEABLE = 0.1  # seconds that training waited for the disk
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,15 @@ class SaveReport:
     """Size of all files of the checkpoint."""
     stall: float
     """Seconds for which training stood still."""
+    seconds: float
+    """From the moment it was begun until it was durable."""
 
 
 class Checkpointer:
-    """Asks the policy, takes snapshots, commits them, rotates; and restores the newest good one."""
+    """Asks the policy, has the state saved in the background, and restores the newest good checkpoint.
+
+    Leaving its context waits for the save in flight.
+    """
 
     def __init__(
         self,
@@ -42,14 +49,16 @@ class Checkpointer:
         catalog: Catalog,
         config: Mapping[str, Any],
         environment: Mapping[str, str],
-        before_commit: Callable[[], None],
+        before_commit: Callable[[], None] = lambda: None,
+        on_saved: Callable[[SaveReport], None] = lambda report: None,
     ) -> None:
         """
         Args:
             config: The run's resolved config, kept in every manifest; resume refuses another.
             environment: What the last bits of the result depend on: versions, device, threads.
-            before_commit: Called before a checkpoint becomes visible; flushes logs, so that after a kill
-                none of what led to a checkpoint is missing.
+            before_commit: Called, in the thread that writes, before a checkpoint becomes visible; flushes logs, so
+                that after a kill none of what led to a checkpoint is missing.
+            on_saved: Told of each checkpoint that has become durable, in the loop's thread.
         """
         self.policy = policy
         self.catalog = catalog
@@ -57,11 +66,25 @@ class Checkpointer:
         self.stall_total = 0.0  # seconds
         self._config = config
         self._environment = environment
-        self._before_commit = before_commit
+        self._on_saved = on_saved
+        self._saver = Saver(policy, catalog, before_commit)
+        self._saving: Save | None = None
+        self._meter = CostMeter()
         self._resumed_from: str | None = None
+        self._waited = self._waited_when_warned = 0.0  # seconds, for the disk
         self._failures = 0
         self._retry_at = 0.0  # on the clock of Progress.seconds
-        self._last = Progress(global_step=-1, epoch=0, seconds=time.monotonic())
+        self._durable_step: int | None = None
+        self._last_save = self._last_step = Progress(global_step=-1, epoch=0, seconds=time.monotonic())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Also where training failed: what is on its way arrives before the run's lock is let go of.
+        self._saver.close()
+        if self._saving is not None and (error := self._saving.committed.exception()) is not None:
+            log.error("step %d could not be saved: %s", self._saving.global_step, error)
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:
         """Bring `state` to where the run left off; the first time, start it afresh or from `init_from`.
@@ -86,34 +109,64 @@ class Checkpointer:
         check_compatible(found.manifest, self._config, self._environment)
         state.load_state_dict(found.state)
         self._resumed_from = found.origin
-        self._last = self._progress(state)
+        self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
         # Only now, when it is known to fit, is anything abandoned for it.
         if found.retire_above is not None:
             self.catalog.retire_above(found.retire_above)
         if found.foreign:
             self._save_at_last(state)
+        else:
+            self._durable_step = state.global_step
 
-    def step(self, state: TrainState) -> SaveReport | None:
+    def step(self, state: TrainState) -> None:
         """To be called after every optimizer step, and after the evaluation if the step ended an epoch.
 
-        Returns:
-            What the save cost, if one was due and succeeded.
+        If a save is due, takes a snapshot and returns; the rest happens in the background. Waits only if the
+        save before is still being written.
 
         Raises:
             CheckpointError: as many saves in a row have failed as the policy allows.
         """
         now = self._progress(state)
-        due = now.seconds >= self._retry_at if self._failures else self.policy.should_save(now, self._last)
-        return self._save(state, now) if due else None
+        if not now.epoch_end:  # an evaluation is no part of a step
+            self._meter.step(now.seconds - self._last_step.seconds, now.saving)
+        if self._saving is not None and self._saving.committed.done():
+            self._settle(self._saving)
+        if now.seconds >= self._retry_at if self._failures else self.policy.should_save(now, self._last_save):
+            self._start(state, now)
+            now = replace(now, seconds=time.monotonic())  # nor is the stall
+        self._last_step = now
+        self._saver.prepare(state)
 
-    def finish(self, state: TrainState) -> SaveReport | None:
-        """Save the last state, if the policy has not just done so.
+    def wait_for_snapshot(self) -> None:
+        """To be called just before `optimizer.step()`: parameters may change after it. Normally free."""
+        if self._saving is not None:
+            start = time.perf_counter()
+            self._saving.snapshot.wait()
+            self._saving.stall += time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight.
+
+        Raises:
+            CheckpointError: as many saves in a row have failed as the policy allows.
+        """
+        if self._saving is not None:
+            start = time.perf_counter()
+            self._saver.await_with_progress(self._saving)
+            self.stall_total += time.perf_counter() - start
+            self._settle(self._saving)
+
+    def finish(self, state: TrainState) -> None:
+        """Save the last state, unless that has been done, and wait until it is durable.
 
         Raises:
             CheckpointError: it could not be saved.
         """
-        return self._save_at_last(state) if state.global_step != self._last.global_step else None
+        self.wait()
+        if state.global_step != self._durable_step:
+            self._save_at_last(state)
 
     def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
         if init_from is not None:
@@ -125,7 +178,7 @@ class Checkpointer:
                 *self.catalog.were_set_aside(RETIRED),
             ]:
                 log.warning("resume=never: %s is kept as %s", path, self.catalog.set_aside(path, OLD).name)
-        self._last = self._progress(state)
+        self._last_save = self._last_step = self._progress(state)
         log.info("starting afresh in %s", self.catalog.directory.parent)
 
     def _progress(self, state: TrainState) -> Progress:
@@ -135,40 +188,72 @@ class Checkpointer:
             seconds=time.monotonic(),
             epoch_end=state.evaluated,
             is_best=state.best is not None and state.best["global_step"] == state.global_step,
+            saving=self._saving is not None,
+            save_cost=self._meter.cost,
         )
 
-    def _save_at_last(self, state: TrainState) -> SaveReport:
+    def _save_at_last(self, state: TrainState) -> None:
         """Save now, however often it takes, within what the policy allows."""
-        while (report := self._save(state, self._progress(state))) is None:
+        while True:
+            self._start(state, self._progress(state))
+            self.wait()
+            if self._durable_step == state.global_step:
+                return
             time.sleep(self.policy.retry_after)
-        return report
 
-    def _save(self, state: TrainState, now: Progress) -> SaveReport | None:
-        start = time.perf_counter()
+    def _start(self, state: TrainState, now: Progress) -> None:
+        waited = self._wait_for_the_disk(self._saving) if self._saving is not None else 0.0
         try:
-            host_state = snapshot(state.state_dict())
-            self._before_commit()
-            path, manifest = write_checkpoint(self.catalog.directory, host_state, self._manifest(host_state, state))
-        except OSError as error:
-            self._failures += 1
-            self._retry_at = time.monotonic() + self.policy.retry_after
+            self._saving = self._saver.start(state, self._manifest(state))
+        except MemoryError as error:
             self._report_failure(now.global_step, error)
-            return None
-        self._failures = 0
-        self._last = now
-        self.catalog.rotate(self.policy)
-        stall = time.perf_counter() - start
-        self.saves += 1
-        self.stall_total += stall
-        return SaveReport(now.global_step, path, sum(entry.size for entry in manifest.files.values()), stall)
+            return
+        self._saving.stall += waited
+        self._last_save = now
 
-    def _report_failure(self, global_step: int, error: OSError) -> None:
+    def _settle(self, save: Save) -> None:
+        """Wait for a save, and take note of how it ended."""
+        self._saving = None
+        self.stall_total += save.stall
+        try:
+            committed = save.committed.result()
+        except (OSError, MemoryError) as error:
+            self._report_failure(save.global_step, error)
+            return
+        self._failures = 0
+        self._durable_step = save.global_step
+        self.saves += 1
+        self._meter.saved(save.stall)
+        seconds = committed.at - save.begun
+        self._on_saved(SaveReport(save.global_step, committed.path, committed.bytes, save.stall, seconds))
+
+    def _wait_for_the_disk(self, save: Save) -> float:
+        """Returns for how many seconds."""
+        start = time.perf_counter()
+        self._settle(save)
+        waited = time.perf_counter() - start
+        self._waited += waited
+        if waited >= _NOTICEABLE and self._waited >= 2 * self._waited_when_warned:  # ever more seldom
+            self._waited_when_warned = self._waited
+            log.warning(
+                "saves are due faster than the disk takes them: training waited %.1f s until step %d was written, "
+                "%.1f s so far in all; raise checkpoint.every, or choose checkpoint=budget",
+                waited,
+                save.global_step,
+                self._waited,
+            )
+        return waited
+
+    def _report_failure(self, global_step: int, error: OSError | MemoryError) -> None:
+        self._failures += 1
+        self._retry_at = time.monotonic() + self.policy.retry_after
         newest = next((path.name for path in reversed(self.catalog.paths())), "none")
-        reason = f"cannot save step {global_step} in {self.catalog.directory}: {error.strerror or error}"
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = f"cannot save step {global_step} in {self.catalog.directory}: {cause}"
         if self._failures >= self.policy.max_failures:
             raise CheckpointError(
                 f"{reason}. Training stops: nothing after the newest checkpoint ({newest}) would survive. "
-                "Mend the disk, then run the same command again"
+                "Mend what is wrong, then run the same command again"
             ) from error
         log.error(
             "%s (failure %d of checkpoint.max_failures=%d in a row; the newest checkpoint is %s; next try in %g s)",
@@ -179,12 +264,11 @@ class Checkpointer:
             self.policy.retry_after,
         )
 
-    def _manifest(self, host_state: Mapping[str, Any], state: TrainState) -> Manifest:
+    def _manifest(self, state: TrainState) -> Manifest:
         return Manifest(
             global_step=state.global_step,
             epoch=state.epoch,
             files={},
-            loss=float(host_state["loss"]),
             metrics=dict(state.metrics) if state.evaluated else {},
             best=state.best,
             resumed_from=self._resumed_from,

@@ -28,6 +28,10 @@ class Progress:
     """This step completed an epoch, and the epoch has been evaluated."""
     is_best: bool = False
     """That evaluation is the best so far, by the monitored metric."""
+    saving: bool = False
+    """The save before is still being written."""
+    save_cost: float | None = None
+    """Seconds of training that a save takes here, as measured; None before the first."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,35 @@ class EveryEpochs(CheckpointPolicy):
     def due(self, now: Progress, last: Progress) -> bool:
         """The step completed an epoch, and its number is a multiple of `every`."""
         return now.epoch_end and now.epoch % self.every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(CheckpointPolicy):
+    """Save as often as `overhead` allows: nobody has to know what a save costs on this machine.
+
+    Measures the cost of a save, and spaces saves so that they take that share of the time, as CheckFreq does
+    (Mohan et al., FAST '21). (Young 1974 and Daly 2006 derive the interval from the mean time between failures
+    instead, which on spot instances is anyone's guess.)
+    """
+
+    overhead: float = 0.01
+    max_minutes: float = 30.0
+
+    WARM_UP = 10
+    """Steps before the first save, which is for measuring: the very first are slower than the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("checkpoint.overhead", self.overhead, "share of the time spent on saves", above=0, below=1)
+        require_number("checkpoint.max_minutes", self.max_minutes, "most minutes between checkpoints", above=0)
+
+    def due(self, now: Progress, last: Progress) -> bool:
+        """The last save has been paid for, or is `max_minutes` ago. Never while one is being written."""
+        passed = now.seconds - last.seconds
+        if now.saving:
+            return False
+        if passed >= 60 * self.max_minutes:
+            return True
+        if now.save_cost is None:
+            return now.global_step - last.global_step >= self.WARM_UP
+        return passed >= now.save_cost / self.overhead

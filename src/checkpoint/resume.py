@@ -15,6 +15,8 @@ from src.run import config_drift
 
 log = logging.getLogger(__name__)
 
+_ZIP = b"PK\x03\x04"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -32,20 +34,23 @@ class Found:
 
 
 def load_file(path: Path) -> Any:
-    """Read a `.pt` file into host memory, whatever device it was saved from, without executing anything in it.
+    """Map a `.pt` file into host memory, whatever device it was saved from, without executing anything in it.
+
+    The tensors are the file's pages, read when they are needed: whoever keeps one copies it.
 
     Raises:
         CorruptCheckpoint: it is damaged, or holds anything but tensors and plain values.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (MemoryError, OSError):
-            raise
-        except Exception as error:  # what torch.load raises on a damaged file is not specified
-            reason = str(error).strip().split("\n")[0]
-            raise CorruptCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__}: {reason})") from error
+        mappable = file.read(len(_ZIP)) == _ZIP  # not so before torch 1.6
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # what torch.load raises on a damaged file is not specified
+        reason = str(error).strip().split("\n")[0]
+        raise CorruptCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:

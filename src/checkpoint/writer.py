@@ -1,15 +1,17 @@
 """Host memory -> disk, durably and atomically: a checkpoint is there completely or not at all."""
 
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from src.checkpoint.catalog import TEMPORARY_PREFIX, checkpoint_name
-from src.checkpoint.checksum import ChecksumWriter
+from src.checkpoint.direct import DirectFile
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, FileEntry, Manifest
 from src.storage.local import fsync_directory, write_durably
 
@@ -49,15 +51,28 @@ def write_checkpoint(directory: Path, state: dict[str, Any], manifest: Manifest)
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> FileEntry:
-    with path.open("wb") as file:
-        summed = ChecksumWriter(file)
+    with DirectFile(path) as file, _without_crc32():
         try:
-            torch.save(state, cast(IO[bytes], summed))
+            torch.save(state, cast(IO[bytes], file))
         except RuntimeError as error:
             # torch's zip writer reports the disk's refusal as its own error; the disk's says more.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise OSError(f"cannot write {path}: {error}") from error
-        file.flush()
-        os.fsync(file.fileno())
-    return summed.entry()
+        return file.commit()
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Have torch.save leave out the CRC-32 that a zip archive has for each of its members.
+
+    torch.load does not look at them, the manifest's checksum covers every byte, and they would take longer
+    than all the rest together. The switch is the whole process's: a torch.save of your own that runs at the
+    same moment leaves them out too.
+    """
+    wanted = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(wanted)

@@ -1,0 +1,110 @@
+"""Bytes -> disk, past the page cache, summed on the way.
+
+Writing through the page cache costs a copy by the kernel for every page, on a core that training wants, and
+pushes out pages that it reads. O_DIRECT has the disk fetch the bytes from our own buffer: on the machine of
+benchmarks/README.md the same file was durable in half the time, for a twentieth of the processor's.
+"""
+
+import errno
+import fcntl
+import io
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from awscrt.checksums import crc64nvme
+
+from src.checkpoint.checksum import format_checksum
+from src.checkpoint.manifest import FileEntry
+
+_BLOCK = 8 * 1024 * 1024  # bytes per write: many a disk needs that much at once to reach its speed
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
+
+
+class DirectFile(io.RawIOBase):
+    """A new file to be written once from start to end. Where O_DIRECT is refused, it goes on without."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            OSError: the file cannot be created.
+        """
+        super().__init__()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(path, flags | _O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._descriptor = os.open(path, flags, 0o666)
+        # Mapped, because O_DIRECT wants the address of what it writes to be that of a page.
+        self._block = np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8)
+        self._filled = 0
+        self._crc = 0
+        self._size = 0
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Take all of `data` (any bytes-like object).
+
+        Raises:
+            OSError: the disk refused.
+        """
+        size = memoryview(data).nbytes
+        if size == 0:
+            return 0
+        source = np.frombuffer(data, np.uint8)
+        taken = 0
+        while taken < size:
+            count = min(size - taken, _BLOCK - self._filled)
+            # numpy, and awscrt below, let go of the GIL; a memoryview would not.
+            np.copyto(self._block[self._filled : self._filled + count], source[taken : taken + count])
+            taken += count
+            self._filled += count
+            if self._filled == _BLOCK:
+                self._write_block()
+        return size
+
+    def commit(self) -> FileEntry:
+        """Write what is left and wait until all of it is durable. The folder's own fsync is the caller's.
+
+        Returns:
+            Size and checksum of the whole file.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if self._filled:
+            self._leave_direct()  # for the rest is no whole number of the disk's blocks
+            self._write_block()
+        os.fsync(self._descriptor)
+        return FileEntry(self._size, format_checksum(self._crc))
+
+    def close(self) -> None:
+        """Close the file, whatever became of it."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def _write_block(self) -> None:
+        block = self._block[: self._filled].data
+        self._crc = crc64nvme(block, self._crc)
+        self._size += self._filled
+        self._filled = 0
+        while block:
+            try:
+                block = block[os.write(self._descriptor, block) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._leave_direct():
+                    raise
+
+    def _leave_direct(self) -> bool:
+        """Returns whether that changes anything."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
+        return bool(flags & _O_DIRECT)

@@ -1,0 +1,118 @@
+"""The save in the background: a snapshot in the loop's thread, all that follows in a thread of its own."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name
+from src.checkpoint.manifest import STATE_NAME, Manifest
+from src.checkpoint.policy import CheckpointPolicy
+from src.checkpoint.snapshot import Snapshot, Snapshotter
+from src.checkpoint.writer import write_checkpoint
+from src.state import TrainState
+
+_NICENESS = 5  # training goes first, but the writer, who holds the GIL at times, always gets somewhere
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint that is durable."""
+
+    path: Path
+    bytes: int
+    """Size of all its files."""
+    at: float
+    """On the clock of `time.monotonic()`."""
+
+
+@dataclass
+class Save:
+    """A save in flight."""
+
+    global_step: int
+    begun: float
+    """On the clock of `time.monotonic()`."""
+    stall: float
+    """Seconds for which training stood still."""
+    snapshot: Snapshot
+    committed: "Future[Committed]"
+
+
+class Saver:
+    """Takes snapshots and commits them, one at a time; then rotates."""
+
+    def __init__(self, policy: CheckpointPolicy, catalog: Catalog, before_commit: Callable[[], None]) -> None:
+        """
+        Args:
+            before_commit: Called, in the thread that writes, before a checkpoint becomes visible.
+        """
+        self._policy = policy
+        self._catalog = catalog
+        self._before_commit = before_commit
+        self._snapshotter: Snapshotter | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=_yield_to_training)
+        self._prepared: Future[None] | None = None
+
+    def prepare(self, state: TrainState) -> None:
+        """Have host memory for snapshots of `state` allocated and touched in the background, so that the first
+        save costs no more than the others. Does nothing the second time."""
+        if self._snapshotter is None:
+            self._snapshotter = Snapshotter(state.device)
+            self._prepared = self._thread.submit(self._snapshotter.prepare, state.state_dict())
+
+    def start(self, state: TrainState, manifest: Manifest) -> Save:
+        """Begin to save `state`. The one before has to be committed, or to have failed.
+
+        Raises:
+            MemoryError: there is no room for a snapshot.
+        """
+        begun, start = time.monotonic(), time.perf_counter()
+        if self._snapshotter is None:
+            self._snapshotter = Snapshotter(state.device)
+        if self._prepared is not None:
+            self._prepared.result()
+            self._prepared = None
+        snapshot = self._snapshotter.take(state.state_dict(), state.updated_tensors())
+        committed = self._thread.submit(self._write, snapshot, manifest)
+        return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)
+
+    def await_with_progress(self, save: Save) -> None:
+        """Wait until `save` is committed or has failed; from the first second on, with a progress bar."""
+        file = self._catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(save.global_step)) / STATE_NAME
+        title = f"writing the checkpoint of step {save.global_step}"
+        options = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False, "disable": None}
+        with tqdm(desc=title, total=save.snapshot.nbytes, **options) as bar:
+            while True:
+                try:
+                    save.committed.exception(timeout=0.1)
+                    return
+                except StillRunning:
+                    bar.update(max(0, (file.stat().st_size if file.exists() else 0) - bar.n))
+
+    def close(self) -> None:
+        """Wait for the save in flight, and give the memory back."""
+        self._thread.shutdown(wait=True)
+        if self._snapshotter is not None:
+            self._snapshotter.close()
+
+    def _write(self, snapshot: Snapshot, manifest: Manifest) -> Committed:
+        host_state = snapshot.complete()
+        self._before_commit()
+        manifest = replace(manifest, loss=float(host_state["loss"]))
+        path, manifest = write_checkpoint(self._catalog.directory, host_state, manifest)
+        durable = time.monotonic()
+        self._catalog.rotate(self._policy)
+        return Committed(path, sum(entry.size for entry in manifest.files.values()), durable)
+
+
+def _yield_to_training() -> None:
+    if sys.platform == "linux":  # elsewhere niceness is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
