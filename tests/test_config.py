@@ -243,6 +243,7 @@ def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
         "val/loss",
         "val/accuracy",
         "checkpoint/stall_ms",
+        "checkpoint/seconds_to_durable",
         "checkpoint/megabytes",
     } == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25]

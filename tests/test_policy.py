@@ -1,10 +1,12 @@
 """WHEN to save and WHAT to keep: pure decisions."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
-from src.checkpoint.policy import CheckpointPolicy, EveryEpochs, EveryMinutes, EverySteps, Progress, Saved
+from src.checkpoint.policy import Budget, CheckpointPolicy, EveryEpochs, EveryMinutes, EverySteps, Progress, Saved
 from src.errors import ConfigError
 
 
@@ -41,6 +43,42 @@ def test_every_epochs_saves_when_the_epoch_has_ended() -> None:
     policy = EveryEpochs(every=2, keep_best=0)
     run = [progress(step, epoch=step // 10, epoch_end=step > 0 and step % 10 == 0) for step in range(41)]
     assert saved_steps(policy, run) == [20, 40]
+
+
+def budget_run(policy: Budget, seconds_per_step: float, cost: float, steps: int) -> list[float]:
+    """When it saves, if each save is measured to cost `cost` seconds and is written within one step."""
+    last, costs, times = START, None, []
+    for step in range(1, steps):
+        now = replace(progress(step, seconds=step * seconds_per_step), save_cost=costs)
+        if policy.should_save(now, last):
+            last, costs = now, cost
+            times.append(now.seconds)
+    return times
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
+def test_budget_spaces_saves_so_that_they_take_their_share_of_the_time(cost: float) -> None:
+    times = budget_run(Budget(overhead=0.02, keep_best=0), seconds_per_step=0.1, cost=cost, steps=10_000)
+    assert times[0] == pytest.approx(1.0), "the first one is for measuring"
+    assert len(times) * cost / 1000 == pytest.approx(0.02, rel=0.1)
+
+
+def test_budget_never_saves_further_apart_than_its_limit() -> None:
+    policy = Budget(overhead=0.01, max_minutes=2, keep_best=0)
+    times = budget_run(policy, seconds_per_step=1, cost=60, steps=1000)
+    assert all(later - earlier == 120 for earlier, later in itertools.pairwise(times))
+
+
+def test_budget_is_not_due_while_a_save_is_being_written() -> None:
+    now = replace(progress(1000, seconds=1e6), saving=True, save_cost=0.01)
+    assert not Budget().due(now, START)
+    assert Budget().due(replace(now, saving=False), START)
+
+
+@pytest.mark.parametrize(("key", "value"), [("overhead", 0), ("overhead", 1), ("max_minutes", 0), ("overhead", "1%")])
+def test_an_impossible_budget_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.{key}={value}: must be"):
+        Budget(**{key: value})  # type: ignore[arg-type]
 
 
 def test_a_new_best_is_saved_between_intervals_if_the_best_is_kept() -> None:

@@ -19,7 +19,7 @@ from src.checkpoint.snapshot import Snapshot, Snapshotter
 from src.checkpoint.writer import write_checkpoint
 from src.state import TrainState
 
-_NICENESS = 5  # training goes first, but the writer, who holds the GIL at times, always gets somewhere
+_NICENESS = 15  # training goes first; the writer, who now and then holds the GIL, still always gets somewhere
 
 
 @dataclass(frozen=True)
