@@ -9,7 +9,7 @@ import ctypes
 import logging
 import mmap
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
 _COPY_THREADS = 4  # as a rule they saturate a socket's memory bandwidth
+_PIECE = 2 * 1024 * 1024  # bytes
 
 Copies = list[tuple[UntypedStorage, UntypedStorage]]
 """What to copy: (to, from), of the same size."""
@@ -132,12 +133,12 @@ class Snapshotter:
 
     def copy(self, copies: Copies) -> None:
         """Copy into host memory: from the host right now, from a GPU by putting it on the current stream."""
-        on_host = [copy for copy in copies if copy[1].device.type == "cpu"]
-        # Shares of the same size for all threads, and one rendezvous at the end. (torch's own copy_ has one for
+        # Threads that take piece after piece, and one rendezvous at the end. (torch's own copy_ has one for
         # each tensor; where data loading competes for the cores, that took ten times as long.)
-        shares = _shares(on_host, self._threads)
-        others = [self._helpers.submit(_memmove, share) for share in shares[1:]]
-        _memmove(shares[0])
+        pieces = _pieces([copy for copy in copies if copy[1].device.type == "cpu"])
+        helpers = min(self._threads, len(pieces)) - 1
+        others = [self._helpers.submit(_memmove, pieces) for _ in range(helpers)]
+        _memmove(pieces)
         for other in others:
             other.result()
         on_device = [copy for copy in copies if copy[1].device.type != "cpu"]
@@ -240,27 +241,22 @@ def _storages(state: Any) -> tuple[Any, dict[int, UntypedStorage]]:
     return map_tensors(state, note), storages
 
 
-def _shares(copies: Copies, count: int) -> list[list[tuple[int, int, int]]]:
-    """Cut the copies into `count` lists of (to, from, bytes), each of about as many bytes."""
-    limit = -(-sum(source.nbytes() for _, source in copies) // count)
-    shares: list[list[tuple[int, int, int]]] = [[]]
-    left = limit
-    for target, source in copies:
-        start, end = 0, source.nbytes()
-        while start < end:
-            if left == 0:
-                shares.append([])
-                left = limit
-            size = min(end - start, left)
-            shares[-1].append((target.data_ptr() + start, source.data_ptr() + start, size))
-            start += size
-            left -= size
-    return shares
+def _pieces(copies: Copies) -> deque[tuple[int, int, int]]:
+    """The copies as (to, from, bytes), none of many bytes."""
+    return deque(
+        (target.data_ptr() + start, source.data_ptr() + start, min(_PIECE, source.nbytes() - start))
+        for target, source in copies
+        for start in range(0, source.nbytes(), _PIECE)
+    )
 
 
-def _memmove(share: list[tuple[int, int, int]]) -> None:
-    for to, source, size in share:
-        ctypes.memmove(to, source, size)  # lets go of the GIL
+def _memmove(pieces: deque[tuple[int, int, int]]) -> None:
+    while pieces:
+        try:
+            piece = pieces.popleft()
+        except IndexError:  # another thread took the last one
+            return
+        ctypes.memmove(*piece)  # lets go of the GIL
 
 
 def _as_bytes(storage: UntypedStorage) -> Tensor:

@@ -1,0 +1,121 @@
+"""What grows with the state, and what must not grow with the number of saves."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.field import explain
+from benchmarks.memory import Footprint, SaverFailed, footprint
+from benchmarks.ours import Holdfast
+from benchmarks.peers import BufferAndThread, DcpAsyncCached, TorchCheckpointing, TorchSaveDurably
+from benchmarks.results import Result, Table, seconds
+from benchmarks.savers import Saver
+from benchmarks.settings import Settings
+from benchmarks.workloads import Task, readable, sized
+
+_MEGABYTES = (10, 40, 150, 600, 2000)
+_MEGABYTES_QUICK = (100,)
+_SAVERS: list[type[Saver]] = [Holdfast, TorchCheckpointing, DcpAsyncCached, TorchSaveDurably]
+
+_LOOKS = (10, 100, 500, 1000)  # saves
+_SMALL = 1  # megabytes of state
+_MANY: dict[type[Saver], int] = {Holdfast: 1000, BufferAndThread: 200}
+_MANY_QUICK: dict[type[Saver], int] = {Holdfast: 100}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A process after so many saves."""
+
+    saves: int
+    duration: float
+    """Median seconds per save, of the ten up to this one."""
+    resident_bytes: int
+    open_files: int
+
+
+def run(settings: Settings) -> Result:
+    """Measure both."""
+    by_size, sizes = _with_the_state(settings)
+    by_count, counts = _with_the_saves(settings)
+    return Result([by_size, by_count], {"size": sizes, "saves": counts})
+
+
+def _with_the_state(settings: Settings) -> tuple[Table, dict[str, Any]]:
+    found: dict[str, dict[str, Footprint | str]] = {}
+    for saver in _SAVERS[:2] if settings.quick else _SAVERS:
+        cells = found.setdefault(saver.name, {})
+        for megabytes in _MEGABYTES_QUICK if settings.quick else _MEGABYTES:
+            with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
+                try:
+                    cells[readable(megabytes * 1e6)] = footprint(saver, sized(megabytes), "cpu", Path(folder))
+                except SaverFailed as error:
+                    cells[readable(megabytes * 1e6)] = f"failed: {error}"
+    columns = ["stall · peak memory · time per save", *next(iter(found.values()))]
+    rows = [[name, *(_cell(value) for value in cells.values())] for name, cells in found.items()]
+    measured = {
+        name: {size: value if isinstance(value, str) else asdict(value) for size, value in cells.items()}
+        for name, cells in found.items()
+    }
+    return Table("**With the size of the state** (a fresh process each)", columns, rows), measured
+
+
+def _cell(value: Footprint | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{seconds(value.stall)} · {readable(value.peak_bytes)} · {seconds(value.duration)}"
+
+
+def _with_the_saves(settings: Settings) -> tuple[Table, dict[str, Any]]:
+    rows, measured = [], {}
+    for saver, saves in (_MANY_QUICK if settings.quick else _MANY).items():
+        with (
+            tempfile.TemporaryDirectory(dir=settings.directory) as folder,
+            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process,
+        ):
+            try:
+                looks = fresh_process.submit(_save_many, saver, saves, Path(folder)).result()
+            except Exception as error:
+                rows.append([saver.name, f"failed: {explain(error)}", "", "", ""])
+                continue
+        measured[saver.name] = [asdict(look) for look in looks]
+        rows += [
+            [saver.name, str(look.saves), seconds(look.duration), readable(look.resident_bytes), str(look.open_files)]
+            for look in looks
+        ]
+    columns = ["", "saves", "time per save", "memory of the process", "open files"]
+    caption = f"**With the number of saves** (a state of {_SMALL} MB, a fresh process each)"
+    return Table(caption, columns, rows), measured
+
+
+def _save_many(kind: type[Saver], saves: int, directory: Path) -> list[Look]:
+    task = Task(sized(_SMALL), "cpu")
+    saver = kind(task.state, directory)
+    durations, looks = [], []
+    for count in range(1, saves + 1):
+        task.step()
+        start = time.perf_counter()
+        saver.save(task.state.global_step)
+        saver.before_update()
+        saver.wait()
+        durations.append(time.perf_counter() - start)
+        if not saver.rotates:
+            saver.discard(task.state.global_step)
+        if count in _LOOKS or count == saves:
+            looks.append(Look(count, median(durations[-10:]), _resident_bytes(), _open_files()))
+    saver.close()
+    return looks
+
+
+def _open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
