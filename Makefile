@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BENCH  := .venv-bench
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -36,12 +37,21 @@ check: $(STAMP) ## Lint, format check, type check
 board: $(STAMP) ## Open TensorBoard on outputs/
 	$(BIN)/tensorboard --logdir outputs
 
+$(BENCH)/.installed: requirements.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
+
+.PHONY: bench
+bench: $(BENCH)/.installed ## Measure what a checkpoint costs, beside peers (ARGS="--quick" for a look)
+	$(BENCH)/bin/python -m benchmarks $(ARGS)
+
 .PHONY: figure
 figure: $(STAMP) ## Draw the README's picture anew, from two real runs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	$(BIN)/python docs/killed_and_resumed.py
 
 .PHONY: clean
-clean: ## Remove the virtual environment and caches; outputs/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove the virtual environments and caches; outputs/ stays
+	rm -rf $(VENV) $(BENCH) .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

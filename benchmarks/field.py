@@ -64,7 +64,7 @@ class Field:
             The samples by the saver's name. One that fails half-way has none, and is among `failures`.
         """
         samples: dict[str, list[T]] = defaultdict(list)
-        order = random.Random(0)  # noqa: S311 - another order each round: nobody always comes after the same one
+        order = random.Random(0)  # another order each round: nobody always comes after the same one
         for _ in range(rounds):
             for saver in order.sample(self._savers, len(self._savers)):
                 if enough(samples[saver.name]):

@@ -83,10 +83,11 @@ class Board:
         self._writer = None
 
     def _write(self, write: Callable[[SummaryWriter], None]) -> None:
-        if self._writer is None:
+        writer = self._writer  # flush() comes from the thread that writes checkpoints: it may be gone the next moment
+        if writer is None:
             return
         try:
-            write(self._writer)
+            write(writer)
         except OSError as error:
             self._give_up(error)
 

@@ -92,7 +92,7 @@ class TrainState:
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lr_scheduler_state_dict": self.scheduler.state_dict(),
-            "scaler_state_dict": self.scaler.state_dict(),
+            "scaler_state_dict": self._scaler_state_dict(),
             "epoch": self.epoch,
             "global_step": self.global_step,
             "samples": self.samples,
@@ -117,7 +117,8 @@ class TrainState:
                 moments.update({k: v.clone() for k, v in moments.items() if isinstance(v, Tensor) and v.is_cpu})
             self.scheduler.load_state_dict(state["lr_scheduler_state_dict"])
             if state["scaler_state_dict"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler_state_dict"])
+                numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in state["scaler_state_dict"].items()}
+                self.scaler.load_state_dict(numbers)
             self.epoch = state["epoch"]
             self.global_step = state["global_step"]
             self.samples = state["samples"]
@@ -132,6 +133,18 @@ class TrainState:
                 f"the checkpoint does not fit this code's model and optimizer ({reason}); "
                 "go back to the code that wrote it, or start a new run from its weights: run=NAME init_from=PATH"
             ) from error
+
+    def _scaler_state_dict(self) -> dict[str, Any]:
+        """As `GradScaler.state_dict()`, which would wait for the device: what lives there is a tensor here."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {
+            "scale": self.scaler.scale(torch.ones((), device=self.device)),
+            "growth_factor": self.scaler.get_growth_factor(),
+            "backoff_factor": self.scaler.get_backoff_factor(),
+            "growth_interval": self.scaler.get_growth_interval(),
+            "_growth_tracker": self.scaler._growth_tracker,
+        }
 
 
 def strip_prefixes(saved: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:

@@ -154,13 +154,14 @@ def test_a_copy_that_fails_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyP
     taken.wait()
 
 
-def test_invariant_3_many_saves_under_parameters_that_change_at_once(snapshotter: Snapshotter) -> None:
-    """As fast as it goes, with no step between: each snapshot is of one moment."""
-    tensors = [torch.zeros(size) for size in (1, 1000, 300_000)]
+def many_saves_under_parameters_that_change_at_once(snapshotter: Snapshotter, device: torch.device) -> None:
+    tensors = [torch.zeros(size, device=device) for size in (1, 1000, 300_000)]
+    buffer = torch.zeros(100, device=device)
     for step in range(1, 101):
-        for tensor in tensors:
+        for tensor in (*tensors, buffer):
             tensor.fill_(step)
-        taken = snapshotter.take({"step": step, "tensors": tensors}, tensors)
+        taken = snapshotter.take({"step": step, "tensors": tensors, "buffer": buffer}, tensors)
+        buffer.fill_(-1)
         results: list[Any] = []
         writer = threading.Thread(target=lambda taken=taken, results=results: results.append(taken.complete()))
         writer.start()
@@ -170,7 +171,20 @@ def test_invariant_3_many_saves_under_parameters_that_change_at_once(snapshotter
         writer.join()
         (copy,) = results
         assert copy["step"] == step
-        assert all(bool((tensor == step).all()) for tensor in copy["tensors"])
+        assert all(bool((tensor == step).all()) for tensor in (*copy["tensors"], copy["buffer"]))
+
+
+def test_invariant_3_many_saves_under_parameters_that_change_at_once(snapshotter: Snapshotter) -> None:
+    """As fast as it goes, with no step between: each snapshot is of one moment."""
+    many_saves_under_parameters_that_change_at_once(snapshotter, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_invariant_3_many_saves_on_a_gpu_that_goes_on_at_once() -> None:
+    device = torch.device("cuda:0")
+    snapshotter = Snapshotter(device)
+    many_saves_under_parameters_that_change_at_once(snapshotter, device)
+    snapshotter.close()
 
 
 def test_invariant_7_memory_is_allocated_once(monkeypatch: pytest.MonkeyPatch, snapshotter: Snapshotter) -> None:

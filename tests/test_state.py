@@ -175,3 +175,28 @@ def test_the_size_of_a_checkpoint_is_foreseen() -> None:
     buffer = io.BytesIO()
     torch.save(state.state_dict(), buffer)
     assert buffer.tell() == pytest.approx(foreseen, rel=0.25)
+
+
+def test_reading_the_state_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would bring a tensor's value to the host fails here, also the scale of a GradScaler."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", enabled=True)
+    state = TrainState(model, optimizer, schedules.constant(optimizer, 10), scaler)
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    expected = scaler.state_dict()
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("waits for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+            patch.setattr(torch.Tensor, name, fail)
+        saved = state.state_dict()
+        state.updated_tensors()
+    assert saved["scaler_state_dict"] == expected
+    scaler.update(new_scale=3.0)
+    state.load_state_dict(saved)
+    assert scaler.state_dict() == expected

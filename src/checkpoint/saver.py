@@ -77,9 +77,9 @@ class Saver:
         begun, start = time.monotonic(), time.perf_counter()
         if self._snapshotter is None:
             self._snapshotter = Snapshotter(state.device)
-        if self._prepared is not None:
-            self._prepared.result()
-            self._prepared = None
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.result()
         snapshot = self._snapshotter.take(state.state_dict(), state.updated_tensors())
         committed = self._thread.submit(self._write, snapshot, manifest)
         return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)

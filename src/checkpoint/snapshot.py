@@ -43,7 +43,7 @@ class Snapshot:
         self._hosts = hosts
         self._rest = rest
         self._begun = owner.stream and torch.cuda.current_stream(owner.stream.device).record_event()
-        self._copied = owner.stream and torch.cuda.Event()
+        self._copied = owner.stream and torch.cuda.Event(blocking=True)
         self._issued = threading.Event()
         self._waited = owner.stream is None and not rest
 
@@ -75,7 +75,7 @@ class Snapshot:
         if stream is not None:
             self._copied.synchronize()
         host_state = map_tensors(self._state, self._host_tensor)
-        self._state = None  # the live tensors are training's alone again
+        self._state, self._rest = None, []  # the live tensors are training's alone again
         return host_state
 
     def _host_tensor(self, tensor: Tensor) -> Tensor:
@@ -149,13 +149,13 @@ class Snapshotter:
     def close(self) -> None:
         """Give the memory back. What earlier snapshots returned is void."""
         self._helpers.shutdown()
-        self._hosts.clear()
+        self._hosts, self._sizes = [], []
         self._memory.release()
 
     def _lay_out(self, sizes: list[int]) -> None:
         if sizes == self._sizes:
             return
-        self._hosts.clear()
+        self._hosts, self._sizes = [], []
         offsets, end = [], 0
         for size in sizes:
             offsets.append(end)
