@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.checkpoint import snapshot
 from src.checkpoint.snapshot import HostMemory, Snapshotter
 
 CPU = torch.device("cpu")
@@ -127,13 +128,13 @@ def test_the_loop_waits_for_the_copy_of_what_the_optimizer_changes_and_for_nothi
     thread = threading.Thread(target=loop)
     thread.start()
     assert waiting.wait(10)
-    original = snapshotter.copy
+    original = snapshot._copy
 
     def copy_and_note(copies: Any) -> None:
         original(copies)
         order.append("copied")
 
-    monkeypatch.setattr(snapshotter, "copy", copy_and_note)
+    monkeypatch.setattr(snapshot, "_copy", copy_and_note)
     copy = taken.complete()
     thread.join(10)
     assert order == ["copied", "optimizer step"]
@@ -148,7 +149,7 @@ def test_a_copy_that_fails_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyP
     def fail(copies: Any) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(snapshotter, "copy", fail)
+    monkeypatch.setattr(snapshot, "_copy", fail)
     with pytest.raises(MemoryError):
         taken.complete()
     taken.wait()
@@ -232,12 +233,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in tensors_in(item)]
 
 
-def test_every_byte_is_copied_by_however_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    live = [torch.randint(256, (size,), dtype=torch.uint8) for size in (1, 63, 64, 65, 4097, 1_000_003)]
-    for threads in (1, 2, 3, 4):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        copy = copy_of(Snapshotter(CPU), live)
-        assert all(torch.equal(one, other) for one, other in zip(live, copy, strict=True))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16, torch.float64, torch.complex64])
+def test_every_byte_is_copied_whatever_its_type_and_size(snapshotter: Snapshotter, dtype: torch.dtype) -> None:
+    live = [torch.randint(256, (size,)).to(dtype) for size in (0, 1, 63, 64, 65, 4097, 100_003)]
+    live += [live[-1][5:10], live[-1][::2], torch.randn(4, 6).to(dtype).t(), torch.ones(1).to(dtype).expand(3, 2)]
+    for one, other in zip(live, copy_of(snapshotter, live), strict=True):
+        assert torch.equal(one, other)
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
 
 
 def test_memory_that_is_not_there_is_a_memory_error() -> None:

@@ -9,9 +9,8 @@ import ctypes
 import logging
 import mmap
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,24 +19,22 @@ from torch import Tensor, UntypedStorage
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
-_COPY_THREADS = 4  # as a rule they saturate a socket's memory bandwidth
-_PIECE = 2 * 1024 * 1024  # bytes
 
-Copies = list[tuple[UntypedStorage, UntypedStorage]]
-"""What to copy: (to, from), of the same size."""
+Copies = tuple[list[Tensor], list[Tensor]]
+"""What to copy: to where, from where, one for one."""
 
 
 class Snapshot:
     """One copy in progress. Two threads meet here: the training loop, and the one that writes."""
 
-    def __init__(self, owner: "Snapshotter", state: Any, hosts: dict[int, UntypedStorage], rest: Copies) -> None:
+    def __init__(self, owner: "Snapshotter", state: Any, hosts: dict[int, Tensor], rest: Copies) -> None:
         """
         Args:
             state: The state's containers, with its live tensors.
-            hosts: For each of their storages, by its address, the copy in host memory.
+            hosts: For each of their storages, by its address, a tensor on the copy of it in host memory.
             rest: What `complete` has to copy.
         """
-        self.nbytes = sum(host.nbytes() for host in hosts.values())
+        self.nbytes = owner.nbytes
         self._owner = owner
         self._state = state
         self._hosts = hosts
@@ -45,7 +42,7 @@ class Snapshot:
         self._begun = owner.stream and torch.cuda.current_stream(owner.stream.device).record_event()
         self._copied = owner.stream and torch.cuda.Event(blocking=True)
         self._issued = threading.Event()
-        self._waited = owner.stream is None and not rest
+        self._waited = owner.stream is None and not rest[0]
 
     def wait(self) -> None:
         """Parameters may change after this call. Normally free: on a GPU only the GPU waits."""
@@ -64,22 +61,22 @@ class Snapshot:
         stream = self._owner.stream
         try:
             if stream is None:
-                self._owner.copy(self._rest)
+                _copy(self._rest)
             else:
                 with torch.cuda.stream(stream):
                     stream.wait_event(self._begun)
-                    self._owner.copy(self._rest)
+                    _copy(self._rest)
                     self._copied.record()
         finally:
             self._issued.set()  # a copy that failed must not hold up the loop: the save fails, training goes on
         if stream is not None:
             self._copied.synchronize()
         host_state = map_tensors(self._state, self._host_tensor)
-        self._state, self._rest = None, []  # the live tensors are training's alone again
+        self._state, self._rest = None, ([], [])  # the live tensors are training's alone again
         return host_state
 
     def _host_tensor(self, tensor: Tensor) -> Tensor:
-        storage = self._hosts[tensor.untyped_storage()._cdata]
+        storage = self._hosts[tensor.untyped_storage()._cdata].untyped_storage()
         empty = torch.empty(0, dtype=tensor.dtype)
         return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -98,15 +95,19 @@ class Snapshotter:
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._overlap = self.stream is not None if overlap is None else overlap
         self._memory = HostMemory(pin=self.stream is not None)
-        self._sizes: list[int] = []
-        self._hosts: list[UntypedStorage] = []
-        self._threads = min(_COPY_THREADS, torch.get_num_threads())
-        self._helpers = ThreadPoolExecutor(_COPY_THREADS, "snapshot")
+        self._layout: list[Any] = []
+        self._hosts: list[Tensor] = []
+        self._fills: list[bool] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory in use."""
+        return self._memory.nbytes
 
     def prepare(self, state: Any) -> None:
         """Allocate and touch the memory that a snapshot of this state takes, so that the first costs no more than
         the others."""
-        self._lay_out([storage.nbytes() for storage in _storages(state)[1].values()])
+        self._lay_out(_by_storage(state)[1].values())
 
     def take(self, state: Any, updated: Iterable[Tensor]) -> Snapshot:
         """Begin a snapshot of nested containers of tensors and plain values.
@@ -121,48 +122,41 @@ class Snapshotter:
         Returns:
             A snapshot whose `complete` has to be called before the next one is taken.
         """
-        containers, storages = _storages(state)
-        self._lay_out([storage.nbytes() for storage in storages.values()])
+        containers, tensors = _by_storage(state)
+        self._lay_out(tensors.values())
         later = {tensor.untyped_storage()._cdata for tensor in updated} if self._overlap else set()
-        now: Copies = []
-        rest: Copies = []
-        for (address, storage), host in zip(storages.items(), self._hosts, strict=True):
-            (rest if address in later else now).append((host, storage))
-        self.copy(now)
-        return Snapshot(self, containers, dict(zip(storages, self._hosts, strict=True)), rest)
-
-    def copy(self, copies: Copies) -> None:
-        """Copy into host memory: from the host right now, from a GPU by putting it on the current stream."""
-        # Threads that take piece after piece, and one rendezvous at the end. (torch's own copy_ has one for
-        # each tensor; where data loading competes for the cores, that took ten times as long.)
-        pieces = _pieces([copy for copy in copies if copy[1].device.type == "cpu"])
-        helpers = min(self._threads, len(pieces)) - 1
-        others = [self._helpers.submit(_memmove, pieces) for _ in range(helpers)]
-        _memmove(pieces)
-        for other in others:
-            other.result()
-        on_device = [copy for copy in copies if copy[1].device.type != "cpu"]
-        if on_device:
-            targets, sources = ([_as_bytes(copy[side]) for copy in on_device] for side in (0, 1))
-            torch._foreach_copy_(targets, sources, non_blocking=self.stream is not None)
+        now: Copies = ([], [])
+        rest: Copies = ([], [])
+        for (address, tensor), host, fills in zip(tensors.items(), self._hosts, self._fills, strict=True):
+            targets, sources = rest if address in later else now
+            targets.append(host)
+            # A tensor that fills its storage is copied as it is; making a view of the bytes takes longer than
+            # copying most of them.
+            sources.append(tensor if fills else _as_bytes(tensor.untyped_storage()))
+        _copy(now)
+        return Snapshot(self, containers, dict(zip(tensors, self._hosts, strict=True)), rest)
 
     def close(self) -> None:
         """Give the memory back. What earlier snapshots returned is void."""
-        self._helpers.shutdown()
-        self._hosts, self._sizes = [], []
+        self._hosts, self._layout = [], []
         self._memory.release()
 
-    def _lay_out(self, sizes: list[int]) -> None:
-        if sizes == self._sizes:
+    def _lay_out(self, tensors: Iterable[Tensor]) -> None:
+        """Have a place in host memory for the storage of each tensor."""
+        layout = [(t.untyped_storage().nbytes(), t.dtype, t.shape, t.stride()) for t in tensors]
+        if layout == self._layout:
             return
-        self._hosts, self._sizes = [], []
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self._memory.reserve(end)
-        self._hosts = [self._memory.storage(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
-        self._sizes = sizes
+        self._hosts, self._layout = [], []
+        self._memory.reserve(sum(_aligned(nbytes) for nbytes, *_ in layout))
+        self._fills = [_fills_its_storage(tensor) for tensor in tensors]
+        offset = 0
+        for fills, (nbytes, dtype, shape, stride) in zip(self._fills, layout, strict=True):
+            host = _as_bytes(self._memory.storage(offset, nbytes))
+            if fills:
+                host = torch.empty(0, dtype=dtype).set_(host.untyped_storage(), 0, shape, stride)
+            self._hosts.append(host)
+            offset += _aligned(nbytes)
+        self._layout = layout
 
 
 class HostMemory:
@@ -229,35 +223,32 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _storages(state: Any) -> tuple[Any, dict[int, UntypedStorage]]:
-    """The state in containers of its own, and the storages of its tensors by address, each once."""
-    storages: dict[int, UntypedStorage] = {}
+def _copy(copies: Copies) -> None:
+    # One call for all, and without the GIL: into pinned memory it only puts the copies on the current stream, on
+    # a CPU all of torch's threads take part, which are still awake from the optimizer's step.
+    if copies[0]:
+        torch._foreach_copy_(*copies, non_blocking=True)
+
+
+def _by_storage(state: Any) -> tuple[Any, dict[int, Tensor]]:
+    """The state in containers of its own; and for each storage in it, by its address, the first tensor there."""
+    tensors: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages.setdefault(storage._cdata, storage)
+        tensors.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    return map_tensors(state, note), storages
+    return map_tensors(state, note), tensors
 
 
-def _pieces(copies: Copies) -> deque[tuple[int, int, int]]:
-    """The copies as (to, from, bytes), none of many bytes."""
-    return deque(
-        (target.data_ptr() + start, source.data_ptr() + start, min(_PIECE, source.nbytes() - start))
-        for target, source in copies
-        for start in range(0, source.nbytes(), _PIECE)
-    )
-
-
-def _memmove(pieces: deque[tuple[int, int, int]]) -> None:
-    while pieces:
-        try:
-            piece = pieces.popleft()
-        except IndexError:  # another thread took the last one
-            return
-        ctypes.memmove(*piece)  # lets go of the GIL
+def _fills_its_storage(tensor: Tensor) -> bool:
+    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    return dense and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _as_bytes(storage: UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
