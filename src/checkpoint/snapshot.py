@@ -227,7 +227,8 @@ def _copy(copies: Copies) -> None:
     # One call for all, and without the GIL: into pinned memory it only puts the copies on the current stream, on
     # a CPU all of torch's threads take part, which are still awake from the optimizer's step.
     if copies[0]:
-        torch._foreach_copy_(*copies, non_blocking=True)
+        with torch.no_grad():  # a user's state may hold parameters
+            torch._foreach_copy_(*copies, non_blocking=True)
 
 
 def _by_storage(state: Any) -> tuple[Any, dict[int, Tensor]]:
