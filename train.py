@@ -49,10 +49,9 @@ def main(config: DictConfig) -> float:
         trainer.check(data, model, policy)
         storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
 
-        with checkpointer:
+        with StopSignals() as stop, checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            with StopSignals() as stop:
-                trainer.fit(state, data, checkpointer, tracker, stop)
+            trainer.fit(state, data, checkpointer, tracker, stop)
         return summarize(run, state, checkpointer, tracker)
 
 

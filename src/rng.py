@@ -55,7 +55,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what `rng_state` returned. GPUs that are not there any more are left out."""
     version, key, gauss = state["python"]
-    random.setstate((version, tuple(key.tolist()), gauss))
+    random.setstate((version, tuple(torch.as_tensor(key).tolist()), gauss))
     numpy_state = state["numpy"]
     np.random.set_state(
         {

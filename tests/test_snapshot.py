@@ -244,4 +244,4 @@ def test_every_byte_is_copied_whatever_its_type_and_size(snapshotter: Snapshotte
 
 def test_memory_that_is_not_there_is_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="bytes of host memory for a snapshot"):
-        HostMemory(pin=False).reserve(2**60)
+        HostMemory().reserve(2**60)

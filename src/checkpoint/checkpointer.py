@@ -133,8 +133,10 @@ class Checkpointer:
             self._meter.step(now.seconds - self._last_step.seconds, now.saving)
         if self._saving is not None and self._saving.committed.done():
             self._settle(self._saving)
-        if now.seconds >= self._retry_at if self._failures else self.policy.should_save(now, self._last_save):
-            self._start(state, now)
+        if self._is_due(now):
+            waited = self._wait_for_the_disk(self._saving) if self._saving is not None else 0.0
+            if not self._failures or self._is_due(now):  # the save before may just have failed
+                self._start(state, now, waited)
             now = replace(now, seconds=time.monotonic())  # nor is the stall
         self._last_step = now
         self._saver.prepare(state)
@@ -192,6 +194,11 @@ class Checkpointer:
             save_cost=self._meter.cost,
         )
 
+    def _is_due(self, now: Progress) -> bool:
+        if self._failures:  # one try at a time, each after a pause
+            return self._saving is None and now.seconds >= self._retry_at
+        return self.policy.should_save(now, self._last_save)
+
     def _save_at_last(self, state: TrainState) -> None:
         """Save now, however often it takes, within what the policy allows."""
         while True:
@@ -201,8 +208,8 @@ class Checkpointer:
                 return
             time.sleep(self.policy.retry_after)
 
-    def _start(self, state: TrainState, now: Progress) -> None:
-        waited = self._wait_for_the_disk(self._saving) if self._saving is not None else 0.0
+    def _start(self, state: TrainState, now: Progress, waited: float = 0.0) -> None:
+        """Take a snapshot and have it written; nothing may be in flight."""
         try:
             self._saving = self._saver.start(state, self._manifest(state))
         except MemoryError as error:
@@ -218,6 +225,7 @@ class Checkpointer:
         try:
             committed = save.committed.result()
         except (OSError, MemoryError) as error:
+            self._meter.failed()
             self._report_failure(save.global_step, error)
             return
         self._failures = 0

@@ -88,8 +88,8 @@ class DirectFile(io.RawIOBase):
     def close(self) -> None:
         """Close the file, whatever became of it."""
         if not self.closed:
+            super().close()  # first, so that the descriptor, which may be another file's by then, is never closed twice
             os.close(self._descriptor)
-        super().close()
 
     def _write_block(self) -> None:
         block = self._block[: self._filled].data

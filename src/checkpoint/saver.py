@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
-from src.checkpoint.snapshot import Snapshot, Snapshotter
+from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
 from src.checkpoint.writer import write_checkpoint
 from src.state import TrainState
 
@@ -66,7 +67,9 @@ class Saver:
         save costs no more than the others. Does nothing the second time."""
         if self._snapshotter is None:
             self._snapshotter = Snapshotter(state.device)
-            self._prepared = self._thread.submit(self._snapshotter.prepare, state.state_dict())
+            # In containers of its own: the optimizer's are live, and training goes on.
+            containers = map_tensors(state.state_dict(), lambda tensor: tensor)
+            self._prepared = self._thread.submit(self._snapshotter.prepare, containers)
 
     def start(self, state: TrainState, manifest: Manifest) -> Save:
         """Begin to save `state`. The one before has to be committed, or to have failed.
@@ -95,7 +98,10 @@ class Saver:
                     save.committed.exception(timeout=0.1)
                     return
                 except StillRunning:
-                    bar.update(max(0, (file.stat().st_size if file.exists() else 0) - bar.n))
+                    written = 0
+                    with suppress(OSError):  # not there yet, or just renamed
+                        written = file.stat().st_size
+                    bar.update(max(0, written - bar.n))
 
     def close(self) -> None:
         """Wait for the save in flight, and give the memory back."""
@@ -114,5 +120,7 @@ class Saver:
 
 
 def _yield_to_training() -> None:
-    if sys.platform == "linux":  # elsewhere niceness is the whole process's
+    if sys.platform != "linux":  # elsewhere niceness is the whole process's
+        return
+    with suppress(OSError):  # a container may forbid it
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

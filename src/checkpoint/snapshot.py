@@ -11,6 +11,7 @@ import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Snapshotter:
         """
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._overlap = self.stream is not None if overlap is None else overlap
-        self._memory = HostMemory(pin=self.stream is not None)
+        self._memory = HostMemory(device if self.stream is not None else None)
         self._layout: list[Any] = []
         self._hosts: list[Tensor] = []
         self._fills: list[bool] = []
@@ -165,8 +166,12 @@ class HostMemory:
     Registered by hand rather than taken from torch's pinned allocator, which rounds up to a power of two.
     """
 
-    def __init__(self, pin: bool) -> None:
-        self._pin = pin
+    def __init__(self, pin_for: torch.device | None = None) -> None:
+        """
+        Args:
+            pin_for: The GPU that is to copy into it.
+        """
+        self._pin_for = pin_for
         self._block: mmap.mmap | None = None
         self._address = 0
         self.nbytes = 0
@@ -187,9 +192,15 @@ class HostMemory:
         self._address = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr()
         self.nbytes = nbytes
         ctypes.memset(self._address, 0, nbytes)
-        if self._pin and int(torch.cuda.cudart().cudaHostRegister(self._address, nbytes, 0)) != 0:
-            log.warning("%d bytes of host memory cannot be pinned: training will wait for snapshots of the GPU", nbytes)
-            self._pin = False
+        if self._pin_for is not None:
+            # In a thread of its own: CUDA keeps an error for the thread that got it, and raises it at its next kernel.
+            with ThreadPoolExecutor(1) as thread:
+                pinned = thread.submit(self._register).result()
+            if not pinned:
+                log.warning(
+                    "%d bytes of host memory cannot be pinned: training will wait for the GPU's snapshots", nbytes
+                )
+                self._pin_for = None
 
     def storage(self, offset: int, nbytes: int) -> UntypedStorage:
         """`nbytes` bytes of the block, from `offset` on, as a storage of its own."""
@@ -200,9 +211,14 @@ class HostMemory:
 
     def release(self) -> None:
         """Give the block back, as soon as nothing refers to it any more."""
-        if self._block is not None and self._pin:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+        if self._block is not None and self._pin_for is not None:
+            with torch.cuda.device(self._pin_for):
+                torch.cuda.cudart().cudaHostUnregister(self._address)
         self._block, self.nbytes = None, 0
+
+    def _register(self) -> bool:
+        with torch.cuda.device(self._pin_for):
+            return int(torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)) == 0
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
