@@ -210,20 +210,24 @@ class DcpAsync(Saver):
             self._staged, self._written = None, response
 
 
+def _kept_stager(on_gpu: bool, shared_memory: bool) -> DefaultStager:
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=on_gpu,
+            use_shared_memory=shared_memory,
+            use_async_staging=on_gpu,
+            use_non_blocking_copy=on_gpu,
+        )
+    )
+
+
 class DcpAsyncCached(DcpAsync):
     """The same with a stager that keeps its memory. On a GPU: pinned, and copying while training goes on."""
 
     name = "DCP async_save, cached stager"
 
     def _new_stager(self, on_gpu: bool) -> DefaultStager | None:
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=on_gpu,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        return _kept_stager(on_gpu, shared_memory=False)
 
 
 class DcpAsyncProcess(DcpAsync):
@@ -249,14 +253,7 @@ class DcpAsyncProcess(DcpAsync):
             meeting_place.unlink(missing_ok=True)
 
     def _new_stager(self, on_gpu: bool) -> DefaultStager | None:
-        return DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=True,
-                use_async_staging=on_gpu,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        return _kept_stager(on_gpu, shared_memory=True)
 
 
 class TorchCheckpointing(Saver):
