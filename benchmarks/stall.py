@@ -36,7 +36,7 @@ class _Sample:
 def run(settings: Settings) -> Result:
     """Measure at each size."""
     tables, measurements = [], {}
-    for workload, rounds, folder in settings.sizes(small=7, large=5):
+    for workload, rounds, folder in settings.sizes(small=15, large=5):
         measure_memory = not settings.quick and workload is settings.workloads[-1]
         label, table, measured = _compare(workload, settings.device, rounds, measure_memory, folder)
         tables.append(table)

@@ -40,7 +40,7 @@ def rng_state() -> dict[str, Any]:
     legacy = np.random.get_state(legacy=False)
     assert isinstance(legacy, dict)
     return {
-        "python": [version, torch.tensor(key), gauss],
+        "python": [version, torch.from_numpy(np.array(key, dtype=np.int64)), gauss],
         "numpy": {
             "key": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
             "pos": int(legacy["state"]["pos"]),

@@ -1,7 +1,7 @@
 """The whole state of a training run: what a checkpoint holds, and what exact resume needs."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +52,17 @@ class TrainState:
         """Where training happens."""
         return self.loss.device
 
-    def updated_tensors(self) -> list[Tensor]:
+    def updated_tensors(self) -> Iterator[Tensor]:
         """The tensors that change in `optimizer.step()` and at no other time: parameters and the optimizer's state.
 
         A snapshot may still read them during the next forward and backward. Whatever else the state holds
         may change there, so when in doubt leave a tensor out.
         """
-        moments = (value for values in self.optimizer.state.values() for value in values.values())
         buffers = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
-        return [
-            tensor
-            for tensor in (*self.model.parameters(), *moments)
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in buffers
-        ]
+        moments = (value for values in self.optimizer.state.values() for value in values.values())
+        for tensor in (*self.model.parameters(), *moments):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in buffers:
+                yield tensor
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be. Optimizers make their state in the first step: until

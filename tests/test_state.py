@@ -195,7 +195,7 @@ def test_reading_the_state_never_waits_for_the_device(monkeypatch: pytest.Monkey
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
             patch.setattr(torch.Tensor, name, fail)
         saved = state.state_dict()
-        state.updated_tensors()
+        list(state.updated_tensors())
     assert saved["scaler_state_dict"] == expected
     scaler.update(new_scale=3.0)
     state.load_state_dict(saved)

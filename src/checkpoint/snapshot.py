@@ -24,6 +24,9 @@ _ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
 Copies = tuple[list[Tensor], list[Tensor]]
 """What to copy: to where, from where, one for one."""
 
+Storages = dict[int, tuple[UntypedStorage, Tensor]]
+"""The storages of a state by address, each with the first tensor on it."""
+
 
 class Snapshot:
     """One copy in progress. Two threads meet here: the training loop, and the one that writes."""
@@ -108,7 +111,7 @@ class Snapshotter:
     def prepare(self, state: Any) -> None:
         """Allocate and touch the memory that a snapshot of this state takes, so that the first costs no more than
         the others."""
-        self._lay_out(_by_storage(state)[1].values())
+        self._lay_out(_by_storage(state)[1])
 
     def take(self, state: Any, updated: Iterable[Tensor]) -> Snapshot:
         """Begin a snapshot of nested containers of tensors and plain values.
@@ -119,37 +122,38 @@ class Snapshotter:
         Args:
             updated: The tensors that nothing but `optimizer.step()` changes. All others (BatchNorm's
                 statistics change in the next forward) are copied at once, in the order of the device's work.
+                Not looked at where everything is.
 
         Returns:
             A snapshot whose `complete` has to be called before the next one is taken.
         """
-        containers, tensors = _by_storage(state)
-        self._lay_out(tensors.values())
+        containers, storages = _by_storage(state)
+        self._lay_out(storages)
         later = {tensor.untyped_storage()._cdata for tensor in updated} if self._overlap else set()
         now: Copies = ([], [])
         rest: Copies = ([], [])
-        for (address, tensor), host, fills in zip(tensors.items(), self._hosts, self._fills, strict=True):
+        for (address, (storage, tensor)), host, fills in zip(storages.items(), self._hosts, self._fills, strict=True):
             targets, sources = rest if address in later else now
             targets.append(host)
             # A tensor that fills its storage is copied as it is; making a view of the bytes takes longer than
             # copying most of them.
-            sources.append(tensor if fills else _as_bytes(tensor.untyped_storage()))
+            sources.append(tensor if fills else _as_bytes(storage))
         _copy(now)
-        return Snapshot(self, containers, dict(zip(tensors, self._hosts, strict=True)), rest)
+        return Snapshot(self, containers, dict(zip(storages, self._hosts, strict=True)), rest)
 
     def close(self) -> None:
         """Give the memory back. What earlier snapshots returned is void."""
         self._hosts, self._layout = [], []
         self._memory.release()
 
-    def _lay_out(self, tensors: Iterable[Tensor]) -> None:
-        """Have a place in host memory for the storage of each tensor."""
-        layout = [(t.untyped_storage().nbytes(), t.dtype, t.shape, t.stride()) for t in tensors]
+    def _lay_out(self, storages: Storages) -> None:
+        """Have a place in host memory for each storage."""
+        layout = [(storage.nbytes(), t.dtype, t.shape, t.stride()) for storage, t in storages.values()]
         if layout == self._layout:
             return
         self._hosts, self._layout = [], []
         self._memory.reserve(sum(_aligned(nbytes) for nbytes, *_ in layout))
-        self._fills = [_fills_its_storage(tensor) for tensor in tensors]
+        self._fills = [_fills_its_storage(tensor) for _, tensor in storages.values()]
         offset = 0
         for fills, (nbytes, dtype, shape, stride) in zip(self._fills, layout, strict=True):
             host = _as_bytes(self._memory.storage(offset, nbytes))
@@ -247,15 +251,16 @@ def _copy(copies: Copies) -> None:
             torch._foreach_copy_(*copies, non_blocking=True)
 
 
-def _by_storage(state: Any) -> tuple[Any, dict[int, Tensor]]:
-    """The state in containers of its own; and for each storage in it, by its address, the first tensor there."""
-    tensors: dict[int, Tensor] = {}
+def _by_storage(state: Any) -> tuple[Any, Storages]:
+    """The state in containers of its own, and the storages of its tensors."""
+    storages: Storages = {}
 
     def note(tensor: Tensor) -> Tensor:
-        tensors.setdefault(tensor.untyped_storage()._cdata, tensor)
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage._cdata, (storage, tensor))
         return tensor
 
-    return map_tensors(state, note), tensors
+    return map_tensors(state, note), storages
 
 
 def _fills_its_storage(tensor: Tensor) -> bool:
