@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
+from src.checkpoint.mirror import open_mirror
 from src.launch import build, one_line_errors
 from src.preemption import StopSignals
 from src.run import Run, register_resolvers
@@ -37,6 +38,10 @@ def main(config: DictConfig) -> float:
         state = trainer.new_state(model, optimizer, scheduler)
 
         catalog = Catalog(run.directory / "checkpoints")
+        trainer.check(data, model, policy)
+        storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
+
+        mirror = open_mirror(storage, run.name, catalog, policy)
         identity = run.config | {"data_set": data.fingerprint()}
         checkpointer = Checkpointer(
             policy,
@@ -45,14 +50,15 @@ def main(config: DictConfig) -> float:
             trainer.environment(),
             before_commit=tracker.flush,
             on_saved=tracker.log_checkpoint,
+            mirror=mirror,
         )
-        trainer.check(data, model, policy)
-        storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
-
-        with StopSignals() as stop, checkpointer:
+        with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            trainer.fit(state, data, checkpointer, tracker, stop)
-        return summarize(run, state, checkpointer, tracker)
+            with StopSignals() as stop:
+                trainer.fit(state, data, checkpointer, tracker, stop)
+            best = summarize(run, state, checkpointer, mirror, tracker)
+        mirror.insist()
+        return best
 
 
 if __name__ == "__main__":

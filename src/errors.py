@@ -25,6 +25,12 @@ class CheckpointError(HoldfastError):
     exit_code = 3
 
 
+class MirrorError(HoldfastError):
+    """Training has done what it could, but the mirror is not what it should be."""
+
+    exit_code = 4
+
+
 def require_int(key: str, value: Any, minimum: int, what: str) -> None:
     """Raise ConfigError unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

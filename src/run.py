@@ -92,6 +92,8 @@ class Run:
     """One run: its directory is its identity, and the key of resume."""
 
     directory: Path
+    name: str
+    """Of the run among all others, on whatever machine: its directory as the command names it, without `outputs/`."""
     config: dict[str, Any]
     """The resolved config, without Hydra's own part."""
 
@@ -128,7 +130,24 @@ class Run:
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            yield cls(directory, {str(key): value for key, value in resolved.items()})
+            name = name_of(directory, Path(HydraConfig.get().runtime.cwd))
+            yield cls(directory, name, {str(key): value for key, value in resolved.items()})
+
+
+def name_of(directory: Path, start: Path) -> str:
+    """What a run is called among all others, on whatever machine.
+
+    Args:
+        directory: The run directory.
+        start: Where the command was given.
+
+    Returns:
+        Its path from `outputs/`; from `start` if it is not there; or all of it if it is elsewhere altogether.
+    """
+    for base in (start / "outputs", start):
+        if directory.is_relative_to(base) and directory != base:
+            return directory.relative_to(base).as_posix()
+    return directory.as_posix().strip("/") or "root"
 
 
 def _acquire(file: IO[str], directory: Path) -> None:

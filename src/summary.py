@@ -5,6 +5,7 @@ import os
 from datetime import timedelta
 
 from src.checkpoint.checkpointer import Checkpointer
+from src.checkpoint.mirror import Mirror
 from src.run import Run
 from src.state import TrainState
 from src.tracker import Tracker
@@ -12,7 +13,7 @@ from src.tracker import Tracker
 log = logging.getLogger(__name__)
 
 
-def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: Tracker) -> float:
+def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, mirror: Mirror, tracker: Tracker) -> float:
     """Log the summary.
 
     Returns:
@@ -31,6 +32,8 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, tracker: 
         )
     lines["steps"] = f"{state.global_step} in {state.epoch} epochs"
     lines["checkpoints"] = f"{directory}/checkpoints"
+    if mirror.url is not None:
+        lines["mirror"] = f"{mirror.url}, up to step {mirror.newest_step()}"
     lines["look"] = f"python -m src.checkpoint ls {directory}   ·   tensorboard --logdir {directory}"
     width = max(map(len, lines))
     log.info("done\n%s", "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))

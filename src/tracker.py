@@ -73,6 +73,7 @@ class Tracker:
         self._bar.set_description_str(f"epoch {epoch + 1}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.4f} · accuracy {values['train/accuracy']:.1%} · {rate:,.0f} samples/s"
+            + _lag_of_mirror(values)
         )
 
     def log_epoch(self, global_step: int, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -124,3 +125,10 @@ class Tracker:
 
     def _restart_window(self) -> None:
         self._window_start, self._window_samples = time.perf_counter(), 0
+
+
+def _lag_of_mirror(values: Mapping[str, float]) -> str:
+    if "mirror/steps_at_risk" not in values:
+        return ""
+    waiting = values["mirror/megabytes_waiting"]
+    return f" · mirror {values['mirror/steps_at_risk']:.0f} steps behind" + (f", {waiting:.0f} MB" if waiting else "")

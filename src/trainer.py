@@ -163,6 +163,7 @@ class Trainer:
         """
         if state.epoch >= self.epochs:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
+            checkpointer.finish(state)
             return
         # Dynamic shapes would make the code of a step depend on the shapes of earlier ones, which a resumed
         # process has not seen: other code, other last bits.
@@ -196,7 +197,8 @@ class Trainer:
 
                 tracker.step(len(images))
                 if state.global_step % self.log_every == 0:
-                    tracker.log_step(state.global_step, state.epoch, self._training_metrics(state, grad_norm))
+                    metrics = self._training_metrics(state, grad_norm) | checkpointer.lag(state)
+                    tracker.log_step(state.global_step, state.epoch, metrics)
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
                     checkpointer.step(state)
                     if stop.requested:

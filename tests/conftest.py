@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from src import summary
+from tests.store import KEY, SECRET, Network, Store
 
 # Processes that tests start come from a server that has imported what they need, once for all of them.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "tests.test_writer", "tests.test_loader"])
@@ -84,6 +86,15 @@ class Training:
         output, _ = process.communicate(timeout=120)
         return Result(process.returncode, None, output)
 
+    def wait_until(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+        """Wait, while the process runs, until `condition` holds."""
+        deadline = time.monotonic() + 120
+        while not condition():
+            if process.poll() is not None:
+                raise AssertionError(f"ended with {process.returncode}: {process.communicate()[0]}")
+            assert time.monotonic() < deadline, "did not come to that"
+            time.sleep(0.01)
+
     def kill_when(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
         """SIGKILL as soon as `condition` holds. Returns whether that was before the process ended."""
         deadline = time.monotonic() + 120
@@ -142,6 +153,43 @@ def train(
     monkeypatch.setattr(summary, "summarize", summarize)  # Hydra swallows what main returns
     yield run
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A real S3 server for all tests; one that a test takes down is that test's own."""
+    server = Store(tmp_path_factory.mktemp("store"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """boto3 finds these, and nothing of this machine's own."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no_config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no_credentials"))
+
+
+@pytest.fixture
+def bucket(store: Store, credentials: None) -> str:
+    """A new bucket on the server."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    store.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def network(store: Store) -> Iterator[Network]:
+    """A way to the server that a test can disturb."""
+    proxy = Network(store.port)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10
 
 from tests.conftest import REPOSITORY, TINY, TINY_DATA, Result
+from tests.store import Store
 
 Train = Callable[..., Result]
 SMALL = ("data.train_size=40", "data.val_size=8", "trainer.epochs=1", "checkpoint.keep=1")
@@ -39,8 +40,11 @@ def test_every_optimizer_with_every_scheduler(train: Train, optimizer: str, sche
 
 @pytest.mark.parametrize("checkpoint", sorted(options("checkpoint")))
 @pytest.mark.parametrize("storage", sorted(options("storage")))
-def test_every_policy_with_every_storage(train: Train, checkpoint: str, storage: str) -> None:
-    result = train(*TINY, *SMALL, f"checkpoint={checkpoint}", f"storage={storage}")
+def test_every_policy_with_every_storage(
+    train: Train, store: Store, bucket: str, checkpoint: str, storage: str
+) -> None:
+    place = (f"storage.bucket={bucket}", f"storage.endpoint_url={store.endpoint}") if storage == "s3" else ()
+    result = train(*TINY, *SMALL, f"checkpoint={checkpoint}", f"storage={storage}", *place)
     assert result.status == 0
     assert Path("outputs/tiny/checkpoints/step_00000003/manifest.json").exists()
 
@@ -245,6 +249,7 @@ def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
         "checkpoint/stall_ms",
         "checkpoint/seconds_to_durable",
         "checkpoint/megabytes",
+        "checkpoint/steps_at_risk",
     } == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25]
     assert [event.step for event in events.Scalars("val/loss")] == [13, 26]
@@ -283,7 +288,7 @@ def test_the_readme_names_every_option_of_every_group() -> None:
 
 def test_the_readme_names_every_setting_that_all_runs_share() -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    for group in ("trainer/default", "checkpoint/_retention", "storage/local"):
+    for group in ("trainer/default", "checkpoint/_retention", "storage/s3"):
         for line in (REPOSITORY / f"conf/{group}.yaml").read_text().splitlines():
             key = line.partition(":")[0]
             if line[0] not in "_#":

@@ -33,7 +33,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag != "train/samples_per_second" and not tag.startswith("checkpoint/")
+        if tag != "train/samples_per_second" and not tag.startswith(("checkpoint/", "mirror/"))
     }
 
 

@@ -1,52 +1,229 @@
-"""Look at checkpoints without training: `python -m src.checkpoint ls|verify outputs/RUN`."""
+"""Look at checkpoints without training: of a run directory, or of a run in a bucket (s3://bucket/prefix/run)."""
 
 import argparse
+import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
-from src.checkpoint.catalog import Catalog, step_of, verify
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name, step_of, verify
+from src.checkpoint.export import export
 from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
+from src.checkpoint.remote import Connect, RemoteCatalog, at_hand, catalogs_at, is_url
+from src.checkpoint.run_files import RunFiles
+from src.errors import CheckpointError, ConfigError, HoldfastError
+from src.run import name_of
+from src.storage.bucket import Bucket
+from src.storage.failures import StoreError
+from src.storage.s3 import S3Storage
+
+_COLUMNS = ["step", "epoch", "size", "age", "metrics", "where", ""]
+
+Found = dict[int, Manifest | Exception]
+"""Checkpoints by step: the manifest, or what is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 1 if a checkpoint is damaged, 2 if there is none."""
-    parser = argparse.ArgumentParser(prog="python -m src.checkpoint", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_text in (
-        ("ls", "list the checkpoints of a run, by their manifests"),
-        ("verify", "read every byte of every checkpoint and compare it with its checksum"),
-    ):
-        commands.add_parser(name, help=help_text).add_argument("run", type=Path, help="a run directory")
-    options = parser.parse_args(arguments)
+    """Run one command; returns the exit status: 1 if a checkpoint is damaged, 2 if there is none, 3 if it cannot be
+    looked at."""
+    options = _parse(arguments)
+    logging.basicConfig(format="%(message)s")
+    try:
+        return int(options.run(options))
+    except HoldfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (CorruptCheckpoint, StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CheckpointError.exit_code
 
-    paths = Catalog(options.run / "checkpoints").paths()
-    if not paths:
-        print(f"error: {options.run}: has no checkpoints", file=sys.stderr)
-        return 2
-    verifying = options.command == "verify"
-    rows, damaged, best = [], 0, None
-    for path in reversed(paths):
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m src.checkpoint", description=__doc__)
+    store = argparse.ArgumentParser(add_help=False)
+    for name in ("endpoint-url", "region", "profile"):
+        store.add_argument(f"--{name}", help=f"for s3:// URLs: as storage.{name.replace('-', '_')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[store])
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("ls", _list, "list the checkpoints of a run, here and in its mirror, by their manifests"),
+        ("verify", _verify, "compare every byte of every checkpoint with its checksum"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("place", metavar="RUN", help="a run directory, or s3://bucket/prefix/run")
+        added.add_argument("--local", action="store_true", help="do not look into the run's mirror")
+    added = command(
+        "pull", _pull, "bring a run from a bucket to a run directory: its newest good checkpoint, log, curves"
+    )
+    added.add_argument(
+        "place",
+        metavar="SOURCE",
+        help="s3://bucket/prefix/run[/checkpoints/step_…], or a run directory whose mirror is meant",
+    )
+    added.add_argument(
+        "target",
+        metavar="DIRECTORY",
+        nargs="?",
+        type=Path,
+        help="default: that run directory, or outputs/ and the run's name",
+    )
+    added.add_argument("--all", action="store_true", help="all checkpoints, not only the newest good one")
+    added = command("export", _export, "write the weights alone to a .pt or .safetensors file")
+    added.add_argument("place", metavar="CHECKPOINT", help="a checkpoint or a run, as a path or an s3:// URL")
+    added.add_argument("target", metavar="FILE", type=Path)
+    return parser.parse_args(arguments)
+
+
+def _list(options: argparse.Namespace) -> int:
+    local, remote = _places(options)
+    here: Found = _manifests(local)
+    there: Found = {}
+    try:
+        there = remote.manifests(remote.steps()) if remote else {}
+    except StoreError as error:
+        if not here:
+            raise
+        print(f"cannot look into the mirror: {error}", file=sys.stderr)
+    return _report(options.place, here, there, looked=())
+
+
+def _verify(options: argparse.Namespace) -> int:
+    local, remote = _places(options)
+    here: Found = {}
+    there: Found = {}
+    for path in local.paths() if local else ():
         try:
-            manifest = verify(path) if verifying else read_manifest(path / MANIFEST_NAME)
+            here[step_of(path) or 0] = verify(path)
         except CorruptCheckpoint as error:
-            damaged += 1
-            rows.append([str(step_of(path)), "", "", "", "", f"DAMAGED: {error}"])
+            here[step_of(path) or 0] = error
+    for step in remote.steps() if remote else ():
+        try:
+            there[step] = remote.verify(step)  # type: ignore[union-attr]
+        except CorruptCheckpoint as error:
+            there[step] = error
+    return _report(options.place, here, there, looked=("verified",))
+
+
+def _pull(options: argparse.Namespace) -> int:
+    _, remote = _places(options)
+    if remote is None:
+        raise ConfigError("pull", options.place, "is a run without a mirror; name an s3:// URL")
+    root = remote.prefix.removesuffix("/checkpoints")
+    target = options.target or (
+        Path("outputs") / root.rpartition("/")[2] if is_url(options.place) else Path(options.place)
+    )
+    catalog = Catalog(target / "checkpoints")
+    here = {step_of(path) for path in catalog.paths()}
+    wanted = catalogs_at(options.place, _connect(options))[1] if is_url(options.place) else None
+    pulled = 0
+    for step in reversed(remote.steps()):
+        if wanted not in (None, step):
             continue
-        best = best or manifest.best  # the newest one knows
-        remarks = ["verified"] * verifying
-        remarks += ["best"] * (best is not None and best.get("global_step") == manifest.global_step)
-        rows.append(_row(manifest, " ".join(remarks)))
-    _print_table(["step", "epoch", "size", "age", "metrics", ""], rows[::-1])
+        if step not in here:
+            folder = catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(step))
+            try:
+                with tqdm(desc=f"step {step}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+                    remote.fetch(step, folder, bar.update)
+            except CorruptCheckpoint as error:
+                print(f"skipped damaged checkpoint {remote.url(step)}: {error}", file=sys.stderr)
+                continue
+            print(catalog.adopt(folder))
+        pulled += 1
+        if not options.all:
+            break
+    RunFiles(remote.bucket, root, target).fetch_all()
+    if not pulled:
+        raise ConfigError("pull", options.place, "has no good checkpoint")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    with (
+        tempfile.TemporaryDirectory(prefix=".tmp_export_", dir=options.target.parent) as folder,
+        at_hand("export", options.place, _connect(options), Path(folder)) as path,
+    ):
+        step = export(path, options.target)
+    print(f"{options.target}: weights of step {step}")
+    return 0
+
+
+def _connect(options: argparse.Namespace) -> Connect:
+    """For URLs: the place that the options describe, by default what boto3's own settings say."""
+    return partial(Bucket, endpoint_url=options.endpoint_url, region=options.region, profile=options.profile)
+
+
+def _places(options: argparse.Namespace) -> tuple[Catalog | None, RemoteCatalog | None]:
+    """Where the checkpoints of a run are: on the disk, and in a bucket."""
+    if is_url(options.place):
+        places, _ = catalogs_at(options.place, _connect(options))
+        return None, next((place for place in places if place.steps()), places[0])
+    directory = Path(options.place)
+    return Catalog(directory / "checkpoints"), None if getattr(options, "local", False) else _mirror_of(directory)
+
+
+def _mirror_of(directory: Path) -> RemoteCatalog | None:
+    """The mirror that a run was trained with, by the config that Hydra has left in its directory."""
+    try:
+        storage = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "config.yaml").storage)
+        runtime = OmegaConf.load(directory / ".hydra" / "hydra.yaml").hydra.runtime
+        name = name_of(Path(runtime.output_dir), Path(runtime.cwd))
+    except (OSError, AttributeError, OmegaConfBaseException):
+        return None
+    # A file is no reason to call whatever it names: only this one class, by its name.
+    if not isinstance(storage, dict) or storage.pop("_target_", None) != f"{S3Storage.__module__}.S3Storage":
+        return None
+    place = S3Storage(**{str(key): value for key, value in storage.items()})
+    return RemoteCatalog(place.connect(tries=1, read_timeout=8), f"{place.key(name)}/checkpoints")
+
+
+def _manifests(catalog: Catalog | None) -> Found:
+    found: Found = {}
+    for path in catalog.paths() if catalog else ():
+        try:
+            found[step_of(path) or 0] = read_manifest(path / MANIFEST_NAME)
+        except (CorruptCheckpoint, CheckpointError) as error:
+            found[step_of(path) or 0] = error
+    return found
+
+
+def _report(place: str, here: Found, there: Found, looked: Sequence[str]) -> int:
+    steps = sorted(here.keys() | there.keys())
+    if not steps:
+        print(f"error: {place}: has no checkpoints", file=sys.stderr)
+        return 2
+    newest = [found for step in reversed(steps) for found in (here.get(step), there.get(step))]
+    best = next((found.best for found in newest if isinstance(found, Manifest) and found.best), None)
+    rows, damaged = [], False
+    for step in steps:
+        copies = {"local": here.get(step), "mirror": there.get(step)}
+        where = "+".join(name for name, copy in copies.items() if copy is not None)
+        remarks = [f"{name} DAMAGED: {copy}" for name, copy in copies.items() if isinstance(copy, Exception)]
+        damaged = damaged or bool(remarks)
+        good = next((copy for copy in copies.values() if isinstance(copy, Manifest)), None)
+        remarks = [*looked, *remarks] if good and not remarks else remarks
+        if best is not None and best.get("global_step") == step:
+            remarks.append("best")
+        rows.append([str(step), *(_cells(good) if good else [""] * 4), where, " ".join(remarks)])
+    _print_table(_COLUMNS, rows)
     return 1 if damaged else 0
 
 
-def _row(manifest: Manifest, remark: str) -> list[str]:
+def _cells(manifest: Manifest) -> list[str]:
     size = sum(entry.size for entry in manifest.files.values())
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest.metrics.items() if value is not None)
-    step, epoch = str(manifest.global_step), str(manifest.epoch)
-    return [step, epoch, f"{size / 1e6:.1f} MB", _age(manifest.created), metrics, remark]
+    return [str(manifest.epoch), f"{size / 1e6:.1f} MB", _age(manifest.created), metrics]
 
 
 def _age(created: str) -> str:

@@ -4,11 +4,15 @@ import itertools
 import logging
 import re
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from src.checkpoint.checksum import verify_file
 from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
 from src.checkpoint.policy import CheckpointPolicy, Saved
+from src.storage.local import fsync_directory
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,8 @@ class Catalog:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._manifests: dict[Path, Manifest] = {}
+        self._held: set[Path] = set()
+        self._lock = threading.Lock()
 
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, damaged ones too, oldest step first."""
@@ -111,6 +117,28 @@ class Catalog:
         except OSError as error:
             log.warning("could not delete old checkpoints in %s (%s)", self.directory, error)
 
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[bool]:
+        """While entered, rotation leaves a checkpoint alone, because it is being read. Gives whether it is there."""
+        with self._lock:
+            self._held.add(path)
+        try:
+            yield path.is_dir()
+        finally:
+            with self._lock:
+                self._held.discard(path)
+
+    def adopt(self, folder: Path) -> Path:
+        """Commit a complete and fsynced checkpoint that lies in `directory` under a temporary name.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        final = folder.with_name(folder.name.removeprefix(TEMPORARY_PREFIX))
+        folder.rename(final)
+        fsync_directory(self.directory)
+        return final
+
     def clear_leftovers(self) -> None:
         """Delete what a killed process left half-written or half-deleted. Only for the run's one writer."""
         for prefix in (TEMPORARY_PREFIX, _TRASH_PREFIX):
@@ -127,9 +155,12 @@ class Catalog:
         return self._manifests[path]
 
     def _delete(self, path: Path) -> None:
-        self._manifests.pop(path, None)
         # Renamed first: a kill half-way through never leaves half a checkpoint under a real name.
         trash = path.with_name(_TRASH_PREFIX + path.name)
         shutil.rmtree(trash, ignore_errors=True)
-        path.rename(trash)
+        with self._lock:
+            if path in self._held:  # it goes the next time
+                return
+            path.rename(trash)
+        self._manifests.pop(path, None)
         shutil.rmtree(trash)

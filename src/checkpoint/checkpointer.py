@@ -11,7 +11,9 @@ from typing import Any, Self
 from src.checkpoint.catalog import CORRUPT, OLD, RETIRED, Catalog
 from src.checkpoint.cost import CostMeter
 from src.checkpoint.manifest import Manifest
+from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.policy import CheckpointPolicy, Progress
+from src.checkpoint.remote import at_hand
 from src.checkpoint.resume import check_compatible, find_to_resume
 from src.checkpoint.saver import Save, Saver
 from src.checkpoint.weights import load_weights
@@ -51,6 +53,7 @@ class Checkpointer:
         environment: Mapping[str, str],
         before_commit: Callable[[], None] = lambda: None,
         on_saved: Callable[[SaveReport], None] = lambda report: None,
+        mirror: Mirror = NO_MIRROR,
     ) -> None:
         """
         Args:
@@ -59,6 +62,7 @@ class Checkpointer:
             before_commit: Called, in the thread that writes, before a checkpoint becomes visible; flushes logs, so
                 that after a kill none of what led to a checkpoint is missing.
             on_saved: Told of each checkpoint that has become durable, in the loop's thread.
+            mirror: Where checkpoints are copied to, and come from if they are not here.
         """
         self.policy = policy
         self.catalog = catalog
@@ -67,7 +71,8 @@ class Checkpointer:
         self._config = config
         self._environment = environment
         self._on_saved = on_saved
-        self._saver = Saver(policy, catalog, before_commit)
+        self._mirror = mirror
+        self._saver = Saver(policy, catalog, before_commit, self._mirror.committed)
         self._saving: Save | None = None
         self._meter = CostMeter()
         self._resumed_from: str | None = None
@@ -85,13 +90,14 @@ class Checkpointer:
         self._saver.close()
         if self._saving is not None and (error := self._saving.committed.exception()) is not None:
             log.error("step %d could not be saved: %s", self._saving.global_step, error)
+        self._mirror.close()
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:
         """Bring `state` to where the run left off; the first time, start it afresh or from `init_from`.
 
         Args:
-            resume: `auto`, `required`, `never`, or the path of a checkpoint or run.
-            init_from: Weights for a run that starts at step 0: a checkpoint, a run, or a `.pt` file.
+            resume: `auto`, `required`, `never`, or the path or s3:// URL of a checkpoint or run.
+            init_from: Weights for a run that starts at step 0: a checkpoint, a run, or a `.pt` file; path or URL.
 
         Raises:
             CheckpointError: there are checkpoints, but none is readable; or none, and one is required;
@@ -102,9 +108,11 @@ class Checkpointer:
             if not isinstance(value, str) and (key, value) != ("init_from", None):
                 raise ConfigError(key, value, "must be text: see the comment in conf/config.yaml")
         self.catalog.clear_leftovers()
-        found = find_to_resume(self.catalog, resume) if resume != "never" else None
+        self._mirror.open()
+        found = find_to_resume(self.catalog, resume, self._mirror) if resume != "never" else None
         if found is None:
             self._start_afresh(state, resume, init_from)
+            self._mirror.begin(above=-1)
             return
         check_compatible(found.manifest, self._config, self._environment)
         state.load_state_dict(found.state)
@@ -114,6 +122,7 @@ class Checkpointer:
         # Only now, when it is known to fit, is anything abandoned for it.
         if found.retire_above is not None:
             self.catalog.retire_above(found.retire_above)
+        self._mirror.begin(above=state.global_step if found.retire_above is None else found.retire_above)
         if found.foreign:
             self._save_at_last(state)
         else:
@@ -127,7 +136,9 @@ class Checkpointer:
 
         Raises:
             CheckpointError: as many saves in a row have failed as the policy allows.
+            MirrorError: another machine has taken this run over.
         """
+        self._mirror.check()
         now = self._progress(state)
         if not now.epoch_end:  # an evaluation is no part of a step
             self._meter.step(now.seconds - self._last_step.seconds, now.saving)
@@ -161,7 +172,8 @@ class Checkpointer:
             self._settle(self._saving)
 
     def finish(self, state: TrainState) -> None:
-        """Save the last state, unless that has been done, and wait until it is durable.
+        """Save the last state, unless that has been done, and wait until it is durable, and in the mirror if that
+        works.
 
         Raises:
             CheckpointError: it could not be saved.
@@ -169,10 +181,22 @@ class Checkpointer:
         self.wait()
         if state.global_step != self._durable_step:
             self._save_at_last(state)
+        self._mirror.flush()
+        self.catalog.rotate(self.policy)  # what was being uploaded when its time came
+
+    def lag(self, state: TrainState) -> dict[str, float]:
+        """How much training a kill would cost just now: steps that no checkpoint on the disk holds; and, if there is a
+        mirror, steps that the loss of the disk would cost, and what is still to be uploaded."""
+        lag = {"checkpoint/steps_at_risk": float(state.global_step - (self._durable_step or 0))}
+        mirrored = self._mirror.newest_step()
+        if mirrored is not None:
+            lag |= {"mirror/steps_at_risk": float(state.global_step - mirrored)} | self._mirror.lag()
+        return lag
 
     def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
         if init_from is not None:
-            load_weights(init_from, state.model)
+            with at_hand("init_from", init_from, self._mirror.connect, self.catalog.directory) as path:
+                load_weights(path, state.model, init_from)
         if resume == "never":
             for path in [
                 *self.catalog.paths(),

@@ -6,6 +6,7 @@ speed, without the GIL. It finds damage, not tampering: whoever can rewrite a ch
 its manifest. Against that, loading never executes code (`weights_only=True`).
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from awscrt.checksums import combine_crc64nvme, crc64nvme
 
 from src.checkpoint.manifest import NOT_THERE, CorruptCheckpoint, FileEntry
 
+_CHECKSUM = re.compile(r"crc64nvme:([0-9a-f]{16})")
 _CHUNK = 1024 * 1024  # bytes: stays in the processor's cache between the read and the sum
 _THREADS = 4
 _WORTH_A_THREAD = 32 * 1024 * 1024  # bytes
@@ -22,6 +24,18 @@ _WORTH_A_THREAD = 32 * 1024 * 1024  # bytes
 def format_checksum(crc: int) -> str:
     """As it stands in a manifest."""
     return f"crc64nvme:{crc:016x}"
+
+
+def crc_in(checksum: str) -> int:
+    """The number in a manifest's checksum.
+
+    Raises:
+        CorruptCheckpoint: it is of another kind.
+    """
+    match = _CHECKSUM.fullmatch(checksum)
+    if match is None:
+        raise CorruptCheckpoint(f"{checksum!r} is no checksum that this code knows")
+    return int(match[1], 16)
 
 
 def verify_file(path: Path, expected: FileEntry) -> None:

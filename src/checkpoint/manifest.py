@@ -70,7 +70,7 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest. Its contents are data from a disk or bucket, not to be trusted.
+    """Read and check a manifest.
 
     Raises:
         CorruptCheckpoint: it is missing, or is not JSON of the expected shape.
@@ -78,37 +78,52 @@ def read_manifest(path: Path) -> Manifest:
         OSError: the disk cannot be read just now, which says nothing about the checkpoint.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes(), str(path))
     except NOT_THERE:
         raise CorruptCheckpoint(f"{path.name} is missing") from None
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Check a manifest. Its contents are data from a disk or bucket, not to be trusted.
+
+    Args:
+        where: Path or URL, for the error.
+
+    Raises:
+        CorruptCheckpoint: it is not JSON of the expected shape.
+        CheckpointError: it is of a newer format: good, but not for this code.
+    """
+    file_name = where.rpartition("/")[2]
+    try:
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path.name} is no JSON ({error})") from error
+        raise CorruptCheckpoint(f"{file_name} is no JSON ({error})") from error
 
     def take(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = data.get(key, default)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise CorruptCheckpoint(f"{path.name}: {key} is {value!r}")
+            raise CorruptCheckpoint(f"{file_name}: {key} is {value!r}")
         return value
 
     if not isinstance(data, dict):
-        raise CorruptCheckpoint(f"{path.name} is not an object")
+        raise CorruptCheckpoint(f"{file_name} is not an object")
     if take("format", int) > FORMAT:
         raise CheckpointError(
-            f"{path} has format {data['format']}, this code reads {FORMAT}: use the code that wrote it"
+            f"{where} has format {data['format']}, this code reads {FORMAT}: use the code that wrote it"
         )
     if data["format"] != FORMAT:
-        raise CorruptCheckpoint(f"{path.name} has format {data['format']}")
+        raise CorruptCheckpoint(f"{file_name} has format {data['format']}")
     files = {}
     for name, entry in take("files", dict).items():
         size, checksum = (entry.get("size"), entry.get("checksum")) if isinstance(entry, dict) else (None, None)
         if not _FILE_NAME.fullmatch(name) or type(size) is not int or size < 0 or not isinstance(checksum, str):
-            raise CorruptCheckpoint(f"{path.name}: file {name!r} is described by {entry!r}")
+            raise CorruptCheckpoint(f"{file_name}: file {name!r} is described by {entry!r}")
         files[name] = FileEntry(size, checksum)
     if STATE_NAME not in files:
-        raise CorruptCheckpoint(f"{path.name} does not name {STATE_NAME}")
+        raise CorruptCheckpoint(f"{file_name} does not name {STATE_NAME}")
     metrics = take("metrics", dict, {})
     if not all(value is None or type(value) in (int, float) for value in metrics.values()):
-        raise CorruptCheckpoint(f"{path.name}: metrics are {metrics!r}")
+        raise CorruptCheckpoint(f"{file_name}: metrics are {metrics!r}")
     optional = type(None)
     return Manifest(
         global_step=take("global_step", int),

@@ -10,6 +10,8 @@ import torch
 
 from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
+from src.checkpoint.mirror import NO_MIRROR, Mirror
+from src.checkpoint.remote import at_hand, is_url
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
 
@@ -67,44 +69,60 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
     return manifest, state
 
 
-def newest_good(catalog: Catalog) -> tuple[Path, Manifest, dict[str, Any]] | None:
-    """The newest checkpoint that verifies and loads; None if there never was one.
+def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Manifest, dict[str, Any]] | None:
+    """The newest checkpoint that verifies and loads, here or in the mirror; None if there never was one.
 
-    Damaged ones above it are set aside (renamed, kept) and reported. A disk that cannot be read is no
-    damage: nothing is set aside for it.
+    One that is in the mirror only is fetched, and from then on one like any other. Damaged ones above are set aside
+    (renamed, kept) and reported. A disk or a bucket that cannot be read is no damage: nothing is set aside for it.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read. Training must not start over by itself.
     """
-    damaged: list[tuple[Path, str]] = []
-    for path in reversed(catalog.paths()):
+    local = {step: path for path in catalog.paths() if (step := step_of(path)) is not None}
+    damaged: dict[Path, str] = {}
+    reasons: list[str] = []
+    for step in sorted(local.keys() | mirror.steps, reverse=True):
+        path = local.get(step, catalog.directory)
         try:
-            manifest, state = load_checkpoint(path)
-        except CorruptCheckpoint as error:
-            damaged.append((path, str(error)))
-            continue
+            if step in local:
+                try:
+                    found = (path, *load_checkpoint(path))
+                except CorruptCheckpoint as error:
+                    damaged[path] = str(error)
+                    reasons.append(f"{path.name}: {error}")
+                else:
+                    _set_aside(catalog, damaged)
+                    return found
+            if step in mirror.steps:
+                try:
+                    fetched = mirror.fetch(step)
+                except CorruptCheckpoint as error:
+                    log.warning("damaged checkpoint of step %d in %s: %s", step, mirror.url, error)
+                    reasons.append(f"step {step} in {mirror.url}: {error}")
+                else:
+                    _set_aside(catalog, damaged)
+                    path = catalog.adopt(fetched)
+                    return (path, *load_checkpoint(path))
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror or error}). Mend the disk and run the same command again; if "
                 "it is beyond mending, rename the folder, and the checkpoint before it is used"
             ) from error
-        for bad, reason in damaged:
-            log.error("damaged checkpoint %s: %s; set aside as %s", bad, reason, catalog.set_aside(bad, CORRUPT).name)
-        return path, manifest, state
-    damaged += [(path, "set aside earlier") for label in (CORRUPT, RETIRED) for path in catalog.were_set_aside(label)]
-    if damaged:
-        found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+    for label in (CORRUPT, RETIRED):
+        reasons += [f"{path.name}: set aside earlier" for path in catalog.were_set_aside(label)]
+    if reasons:
         raise CheckpointError(
-            f"{catalog.directory} holds checkpoints, but none can be read ({found}). Training does not start over by "
-            "itself: put a good one back, or start over with resume=never (what is there is renamed and kept)"
+            f"{catalog.directory} holds checkpoints, but none can be read ({'; '.join(reasons)}). Training does not "
+            "start over by itself: put a good one back, or start over with resume=never (what is there is renamed and "
+            "kept)"
         )
     return None
 
 
-def find_to_resume(catalog: Catalog, resume: str) -> Found | None:
+def find_to_resume(catalog: Catalog, resume: str, mirror: Mirror) -> Found | None:
     """Find what `resume=auto|required|PATH` asks for. Abandons nothing yet: it may turn out not to fit.
 
-    With PATH, a checkpoint's or a run's folder, training goes on from there on purpose. The same command
+    With PATH, a checkpoint's or a run's folder or URL, training goes on from there on purpose. The same command
     run again after a kill does not go back a second time, but on from the newest checkpoint that descends
     from PATH (its manifest says so).
 
@@ -116,8 +134,8 @@ def find_to_resume(catalog: Catalog, resume: str) -> Found | None:
         ConfigError: PATH is no checkpoint.
     """
     if resume not in ("auto", "required"):
-        return _find_path(catalog, Path(resume))
-    found = newest_good(catalog)
+        return _find_place(catalog, resume, mirror)
+    found = newest_good(catalog, mirror)
     if found is None and resume == "required":
         raise CheckpointError(f"resume=required, but {catalog.directory} has no checkpoint; resume=auto starts afresh")
     return Found(*found, origin=found[1].resumed_from) if found else None
@@ -171,23 +189,36 @@ def checkpoint_at(key: str, path: Path) -> Path:
     raise ConfigError(key, path, "is no checkpoint; name a folder step_…, or a run directory that has some")
 
 
-def _find_path(catalog: Catalog, path: Path) -> Found:
-    origin = str(_folder_of(path).resolve())
-    own = catalog.readable()
-    if own and own[-1][1].resumed_from == origin:
-        found = newest_good(catalog)
+def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
+    origin = place.rstrip("/") if is_url(place) else str(_folder_of(Path(place)).resolve())
+    if _descends(catalog, mirror, origin):
+        found = newest_good(catalog, mirror)
         if found is not None:
-            log.info("resume=%s: already done; going on from what came of it", path)
+            log.info("resume=%s: already done; going on from what came of it", place)
             return Found(*found, origin=origin)
-    source = checkpoint_at("resume", path).resolve()
-    try:
-        manifest, state = load_checkpoint(source)
-    except (CorruptCheckpoint, OSError) as error:
-        raise CheckpointError(f"resume={path}: {error}") from error
-    is_own = source.parent == catalog.directory.resolve()
-    return Found(
-        source, manifest, state, origin, retire_above=manifest.global_step if is_own else -1, foreign=not is_own
-    )
+    with at_hand("resume", place, mirror.connect, catalog.directory) as path:
+        source = checkpoint_at("resume", path).resolve()
+        try:
+            manifest, state = load_checkpoint(source)
+        except (CorruptCheckpoint, OSError) as error:
+            raise CheckpointError(f"resume={place}: {error}") from error
+        is_own = source.parent == catalog.directory.resolve()
+        return Found(
+            source, manifest, state, origin, retire_above=manifest.global_step if is_own else -1, foreign=not is_own
+        )
+
+
+def _descends(catalog: Catalog, mirror: Mirror, origin: str) -> bool:
+    """Whether the newest checkpoint, here or in the mirror, goes back to this `resume=PATH`."""
+    newest = [manifest for _, manifest in catalog.readable()[-1:]]
+    if (elsewhere := mirror.newest_manifest()) is not None:
+        newest.append(elsewhere)
+    return bool(newest) and max(newest, key=lambda manifest: manifest.global_step).resumed_from == origin
+
+
+def _set_aside(catalog: Catalog, damaged: Mapping[Path, str]) -> None:
+    for path, reason in damaged.items():
+        log.error("damaged checkpoint %s: %s; set aside as %s", path, reason, catalog.set_aside(path, CORRUPT).name)
 
 
 def _folder_of(path: Path) -> Path:

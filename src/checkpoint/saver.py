@@ -1,8 +1,5 @@
 """The save in the background: a snapshot in the loop's thread, all that follows in a thread of its own."""
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,14 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from src.background import yield_to_training
 from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
 from src.checkpoint.writer import write_checkpoint
 from src.state import TrainState
-
-_NICENESS = 15  # training goes first; the writer, who now and then holds the GIL, still always gets somewhere
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,24 @@ class Save:
 class Saver:
     """Takes snapshots and commits them, one at a time; then rotates."""
 
-    def __init__(self, policy: CheckpointPolicy, catalog: Catalog, before_commit: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        policy: CheckpointPolicy,
+        catalog: Catalog,
+        before_commit: Callable[[], None],
+        committed: Callable[[int], None],
+    ) -> None:
         """
         Args:
             before_commit: Called, in the thread that writes, before a checkpoint becomes visible.
+            committed: Called, in the same thread, with the step of one that has become durable.
         """
         self._policy = policy
         self._catalog = catalog
         self._before_commit = before_commit
+        self._committed = committed
         self._snapshotter: Snapshotter | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=_yield_to_training)
+        self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=yield_to_training)
         self._prepared: Future[None] | None = None
 
     def prepare(self, state: TrainState) -> None:
@@ -115,12 +119,6 @@ class Saver:
         manifest = replace(manifest, loss=float(host_state["loss"]))
         path, manifest = write_checkpoint(self._catalog.directory, host_state, manifest)
         durable = time.monotonic()
+        self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)
         return Committed(path, sum(entry.size for entry in manifest.files.values()), durable)
-
-
-def _yield_to_training() -> None:
-    if sys.platform != "linux":  # elsewhere niceness is the whole process's
-        return
-    with suppress(OSError):  # a container may forbid it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

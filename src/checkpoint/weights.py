@@ -16,30 +16,30 @@ log = logging.getLogger(__name__)
 _LISTED = 20  # lines about tensors that do not fit; a changed architecture may have thousands
 
 
-def load_weights(init_from: str, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module, init_from: str) -> None:
     """Load what fits into `model`, and list what does not. The optimizer is left alone: it starts afresh.
 
     Args:
-        init_from: A checkpoint's folder, a run's folder, or a `.pt` file that holds a state_dict, bare or
+        path: A checkpoint's folder, a run's folder, or a `.pt` file that holds a state_dict, bare or
             under `model_state_dict`, `state_dict` or `model`.
+        init_from: What the user calls it.
 
     Raises:
         ConfigError: there is no such file, it cannot be loaded safely, or nothing in it fits.
     """
-    path = Path(init_from)
     try:
         loaded = load_file(path) if path.is_file() else load_checkpoint(checkpoint_at("init_from", path))[1]
     except (CorruptCheckpoint, OSError) as error:
-        raise ConfigError("init_from", path, str(error)) from error
+        raise ConfigError("init_from", init_from, str(error)) from error
     saved = strip_prefixes(_state_dict_in(loaded), model)
     own = model.state_dict()
     fits = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
     if not fits:
-        raise ConfigError("init_from", path, "holds no tensor that fits the model; is it of the same kind?")
+        raise ConfigError("init_from", init_from, "holds no tensor that fits the model; is it of the same kind?")
     model.load_state_dict(fits, strict=False)
 
     log.info(
-        "init_from=%s: loaded %d of the model's %d tensors; the optimizer starts afresh", path, len(fits), len(own)
+        "init_from=%s: loaded %d of the model's %d tensors; the optimizer starts afresh", init_from, len(fits), len(own)
     )
     remarks = [
         f"{key}, shape {tuple(own[key].shape)} here, "

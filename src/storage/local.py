@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from src.errors import ConfigError, require_number
+from src.storage.bucket import Bucket
 
 _GB = 1e9
 
@@ -39,6 +40,10 @@ class LocalStorage:
         """
         require_number("storage.min_free_gb", min_free_gb, "gigabytes to leave free on the disk", at_least=0)
         self.min_free_gb = min_free_gb
+
+    def connect(self, bucket: str) -> Bucket:
+        """A client for a bucket that a URL names; where it is and how to log in is for boto3's own settings to say."""
+        return Bucket(bucket)
 
     def preflight(self, directory: Path, checkpoint_bytes: int, copies: int) -> None:
         """Find out before step 1 whether the disk can hold the run.

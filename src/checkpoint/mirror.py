@@ -1,0 +1,447 @@
+"""Committed checkpoints -> bucket, in the background, newest first; and back, on a machine that has none."""
+
+import logging
+import os
+import random
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from src.background import yield_to_training
+from src.checkpoint.catalog import RETIRED, TEMPORARY_PREFIX, Catalog, checkpoint_name, step_of
+from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
+from src.checkpoint.policy import CheckpointPolicy, Saved
+from src.checkpoint.remote import Connect, RemoteCatalog
+from src.checkpoint.run_files import RunFiles
+from src.errors import CheckpointError, MirrorError
+from src.storage.failures import StoreError
+from src.storage.lease import Lease
+from src.storage.local import LocalStorage
+from src.storage.s3 import S3Storage
+from src.storage.transfer import Damaged, abort_uploads
+
+log = logging.getLogger(__name__)
+
+_PAUSES = (1.0, 60.0)  # seconds between tries during an outage: the first, and the longest
+_PAUSE_AT_THE_END = 5.0  # the longest while the end of the run waits
+_FILES_EVERY = 30.0  # seconds between uploads of log and TensorBoard's events
+_WARN_AGAIN = 60.0  # seconds after the first warning of an outage; then ever more seldom
+
+
+class Mirror:
+    """Where a run's checkpoints are besides its directory: nowhere. What `storage=local` comes to."""
+
+    url: str | None = None
+    """Where it is, for people."""
+    steps: frozenset[int] = frozenset()
+    """The checkpoints that were there when it was opened."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        self.connect: Connect = storage.connect
+
+    def open(self) -> None:
+        """Become the one that writes there, and see what is there. Call it before anything is resumed."""
+
+    def newest_manifest(self) -> Manifest | None:
+        """Of the newest good one of `steps`."""
+        return None
+
+    def fetch(self, global_step: int) -> Path:
+        """Bring a checkpoint of `steps` to the disk, verified, under a temporary name that the catalog can adopt."""
+        raise NotImplementedError
+
+    def begin(self, above: int) -> None:
+        """Begin to mirror, now that it is known where training goes on: what is there above that step is abandoned."""
+
+    def committed(self, global_step: int) -> None:
+        """A checkpoint has been committed to the disk. Called by the thread that writes; returns at once."""
+
+    def check(self) -> None:
+        """Called every step; nearly free.
+
+        Raises:
+            MirrorError: another machine has taken the run over.
+        """
+
+    def newest_step(self) -> int | None:
+        """The newest checkpoint that is known to be whole in the bucket, 0 if there is none; None without a mirror."""
+        return None
+
+    def lag(self) -> dict[str, float]:
+        """What is on the disk and not yet there, for TensorBoard."""
+        return {}
+
+    def flush(self) -> None:
+        """Wait until everything is there, within limits; says what is not."""
+
+    def insist(self) -> None:
+        """To be called at the very end.
+
+        Raises:
+            MirrorError: not everything is there.
+        """
+
+    def close(self) -> None:
+        """Stop, and let others write there."""
+
+
+NO_MIRROR = Mirror(LocalStorage())
+
+
+def open_mirror(storage: LocalStorage, name: str, catalog: Catalog, policy: CheckpointPolicy) -> Mirror:
+    """The mirror that a `storage` group asks for.
+
+    Args:
+        name: Of the run, below the prefix.
+    """
+    if isinstance(storage, S3Storage):
+        return BucketMirror(storage, name, catalog, policy)
+    return Mirror(storage)
+
+
+class BucketMirror(Mirror):
+    """Mirrors to a bucket. Nothing here makes training wait, except `open`, `fetch` and `begin` before it, and `flush`
+    after it.
+
+    There is no queue: the thread looks for the newest checkpoint on the disk that should be in the bucket and is
+    not. So what is rotated away before its turn is forgotten, and what a kill left undone is found again.
+    """
+
+    def __init__(self, storage: S3Storage, name: str, catalog: Catalog, policy: CheckpointPolicy) -> None:
+        super().__init__(storage)
+        self._every = storage.every
+        self._flush_timeout = storage.flush_timeout
+        self._catalog = catalog
+        self._policy = replace(policy, keep=storage.keep or policy.keep)
+        self._bucket = storage.connect()
+        self._root = storage.key(name)
+        self.url = self._bucket.url(self._root)
+        self._remote = RemoteCatalog(self._bucket, f"{self._root}/checkpoints")
+        directory = catalog.directory.parent
+        self._files = RunFiles(self._bucket, self._root, directory)
+        self._lease = Lease(
+            storage.connect(read_timeout=5, tries=4),  # of its own: it outlives the transfers
+            f"{self._root}/lease.json",
+            home=_home(directory),
+            holder=f"process {os.getpid()} on {socket.gethostname()}",
+            seconds=storage.lease_seconds,
+        )
+        # What the thread, the loop, and the thread that writes checkpoints all look at.
+        self._lock = threading.RLock()
+        self._mirrored: dict[int, Manifest | None] = {}  # None: not read yet, or unreadable
+        self._wanted: set[int] = set()
+        self._commits = 0
+        self._newest = 0  # mirrored step
+        self._arrived = 0  # bytes of the upload in progress
+        self._lag = {"mirror/checkpoints_waiting": 0.0, "mirror/megabytes_waiting": 0.0}
+        self._files_at = float("-inf")  # when they were uploaded last
+        self._failing_since: float | None = None
+        self._warn_at = 0.0
+        self._trouble = ""
+        # Of its own: python's global generator is part of a checkpoint.
+        self._jitter = random.Random()  # noqa: S311
+        self._flushing = threading.Event()
+        self._flushed = threading.Event()
+        self._closing = threading.Event()
+        self._news = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+
+    def open(self) -> None:
+        """Take the lease, and list the checkpoints.
+
+        Raises:
+            CheckpointError: the bucket cannot be asked. Training must not start over, or from an older checkpoint.
+            HoldfastError: another machine is training this run.
+        """
+        try:
+            self._lease.acquire()
+            self.steps = frozenset(self._remote.steps())
+        except StoreError as error:
+            raise CheckpointError(
+                f"{error}. What is there cannot be known, and training does not start over by itself: mend it and run "
+                "the same command again, or go on without a mirror (storage=local)"
+            ) from error
+
+    def newest_manifest(self) -> Manifest | None:
+        """Of the newest good one that was there when it was opened.
+
+        Raises:
+            CheckpointError: the bucket cannot be asked.
+        """
+        for step in sorted(self.steps, reverse=True):
+            try:
+                return self._remote.manifest(step)
+            except CorruptCheckpoint:
+                continue
+            except StoreError as error:
+                raise CheckpointError(f"{error}; mend it and run the same command again") from error
+        return None
+
+    def fetch(self, global_step: int) -> Path:
+        """Download a checkpoint, in parallel, and verify it.
+
+        Raises:
+            CorruptCheckpoint: it is damaged or not all there.
+            CheckpointError: the bucket or the disk refused.
+        """
+        folder = self._catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(global_step))
+        url = self._remote.url(global_step)
+        try:
+            size = sum(entry.size for entry in self._remote.manifest(global_step).files.values())
+            with _bar(f"fetching {url}", size) as bar:
+                self._remote.fetch(global_step, folder, bar.update)
+        except (StoreError, OSError) as error:
+            raise CheckpointError(f"{url}: {error}; mend it and run the same command again") from error
+        log.info("fetched %s", url)
+        return folder
+
+    def begin(self, above: int) -> None:
+        """Sweep what a killed life left half-done, set aside what has been abandoned, and start the thread.
+
+        Raises:
+            CheckpointError: the bucket refused.
+        """
+        try:
+            if swept := abort_uploads(self._bucket, f"{self._root}/"):
+                log.info("aborted %d uploads that an earlier life had left unfinished in %s", swept, self.url)
+            for step in sorted(self.steps):
+                if step > above:
+                    log.warning("%s is retired: it no longer counts", self._remote.url(step))
+                    self._remote.set_aside(step, RETIRED)
+            self._files.fetch_history()
+        except (StoreError, OSError) as error:
+            raise CheckpointError(f"{error}; mend it and run the same command again") from error
+        self._mirrored = {step: None for step in self.steps if step <= above}
+        self._newest = max(self._mirrored, default=0)
+        local = self._local()
+        self._wanted = set(local if self._every == 1 else local[-1:])
+        self._lag = self._measure_lag()
+        log.info("mirroring to %s", self.url)
+        self._thread.start()
+
+    def committed(self, global_step: int) -> None:
+        """Mirror it, if it is its turn."""
+        with self._lock:
+            if self._commits % self._every == 0:
+                self._wanted.add(global_step)
+            self._commits += 1
+        self._lag = self._measure_lag()
+        self._news.set()
+
+    def check(self) -> None:
+        """Whether the lease is still ours, as far as is known."""
+        if self._lease.lost:
+            raise MirrorError(
+                f"{self.url} has been taken over by another machine, which goes on with this run: training stops "
+                "here. (If that was not meant to be, give one of the two another name with run=NAME)"
+            )
+
+    def newest_step(self) -> int:
+        """The newest checkpoint whose upload was verified."""
+        return self._newest
+
+    def lag(self) -> dict[str, float]:
+        """Checkpoints and megabytes that are still to be uploaded, as of the last change."""
+        return self._lag
+
+    def flush(self) -> None:
+        """Wait until everything that should be in the bucket is there: up to `storage.flush_timeout` seconds."""
+        if not self._thread.is_alive():
+            return
+        with self._lock:  # the last and the best, whatever their turn
+            self._wanted |= replace(self._policy, keep=1).to_keep([self._saved(step) for step in self._local()])
+        self._flushed.clear()
+        self._flushing.set()
+        self._news.set()
+        deadline = time.monotonic() + self._flush_timeout
+        total = self._bytes_waiting()
+        with _bar(f"mirroring to {self.url}", total) as bar:
+            while not self._flushed.wait(0.1) and time.monotonic() < deadline and not self._lease.lost:
+                bar.update(max(0, total - self._bytes_waiting() - bar.n))
+        if not self._flushed.is_set():
+            names = ", ".join(map(checkpoint_name, self._waiting())) or "log and events"
+            log.error("not in %s: %s%s", self.url, names, f" ({self._trouble})" if self._trouble else "")
+
+    def insist(self) -> None:
+        """Raises unless the last `flush` has brought everything there."""
+        if not self._flushed.is_set():
+            raise MirrorError(
+                f"the run is done and safe in its directory, but not all of it is in {self.url}"
+                f"{f' ({self._trouble})' if self._trouble else ''}; run the same command again to upload the rest"
+            )
+
+    def close(self) -> None:
+        """End the threads, also amid an upload, and release the lease."""
+        self._closing.set()
+        self._news.set()
+        if not self._flushed.is_set():
+            self._bucket.cancel()
+        if self._thread.is_alive():
+            self._thread.join()
+            if self._flushed.is_set() and not self._lease.lost:
+                with suppress(StoreError):  # the log's last lines
+                    self._files.upload_changed()
+        self._lease.release()
+
+    def _work(self) -> None:
+        yield_to_training()
+        pause = _PAUSES[0]
+        while not self._closing.is_set():
+            self._news.clear()
+            flushing = self._flushing.is_set()
+            try:
+                busy = self._turn(flushing)
+            except Exception as error:
+                if self._closing.is_set():
+                    return
+                if not isinstance(error, StoreError | OSError):
+                    log.exception("the mirror tripped; it goes on")
+                self._say_trouble(error)
+                longest = _PAUSE_AT_THE_END if self._flushing.is_set() else _PAUSES[1]
+                self._closing.wait(min(pause, longest) * self._jitter.uniform(0.5, 1.0))
+                pause *= 2
+                continue
+            pause = _PAUSES[0]
+            self._say_recovered()
+            self._lag = self._measure_lag()
+            if not busy:
+                if flushing:
+                    self._flushed.set()
+                self._news.wait(_FILES_EVERY)
+
+    def _turn(self, flushing: bool) -> bool:
+        """Upload one checkpoint, or if there is none the other files. Returns whether to look again at once."""
+        step = max(self._waiting(), default=None)
+        if step is not None:
+            self._upload(step)
+            self._rotate()
+        if (flushing and step is None) or time.monotonic() - self._files_at >= _FILES_EVERY:
+            self._lease.confirm()
+            self._files.upload_changed()
+            self._files_at = time.monotonic()
+        return step is not None
+
+    def _local(self) -> list[int]:
+        return [step for path in self._catalog.paths() if (step := step_of(path)) is not None]
+
+    def _waiting(self) -> list[int]:
+        """What is on the disk, should be in the bucket, and is not; without what would be deleted there at once."""
+        local = self._local()
+        with self._lock:
+            candidates = self._wanted.intersection(local) - self._mirrored.keys()
+            keep = self._policy.to_keep([self._saved(step) for step in candidates | self._mirrored.keys()])
+            return sorted(candidates & keep)
+
+    def _bytes_waiting(self) -> int:
+        return max(0, sum(map(self._size, self._waiting())) - self._arrived)
+
+    def _measure_lag(self) -> dict[str, float]:
+        return {
+            "mirror/checkpoints_waiting": float(len(self._waiting())),
+            "mirror/megabytes_waiting": self._bytes_waiting() / 1e6,
+        }
+
+    def _upload(self, step: int) -> None:
+        path = self._catalog.directory / checkpoint_name(step)
+        with self._catalog.hold(path) as there:
+            if not there:
+                return
+            try:
+                manifest = read_manifest(path / MANIFEST_NAME)
+                self._arrived = 0
+                self._remote.upload(path, manifest, self._before_commit, self._count)
+            except (Damaged, CorruptCheckpoint, CheckpointError) as error:
+                log.error("%s is damaged and is not mirrored: %s", path, error)
+                with self._lock:
+                    self._wanted.discard(step)
+                return
+            finally:
+                self._arrived = 0
+        with self._lock:
+            self._mirrored[step] = manifest
+        self._newest = max(self._newest, step)
+
+    def _before_commit(self) -> None:
+        # Log and curves first: after the loss of this disk none of what led to the checkpoint is missing.
+        self._files.upload_changed()
+        self._lease.confirm()
+
+    def _rotate(self) -> None:
+        """Delete from the bucket what it no longer keeps; called after a newer one has been verified there."""
+        unread = [step for step, manifest in self._mirrored.items() if manifest is None]
+        for step, found in self._remote.manifests(unread).items():
+            if isinstance(found, Manifest):
+                self._mirrored[step] = found
+        keep = self._policy.to_keep([self._saved(step) for step in self._mirrored])
+        for step in self._mirrored.keys() - keep:
+            self._lease.confirm()
+            self._remote.delete(step)
+            with self._lock:
+                del self._mirrored[step]
+
+    def _saved(self, step: int) -> Saved:
+        manifest = self._mirrored.get(step)
+        if manifest is None:
+            with suppress(CorruptCheckpoint, CheckpointError, OSError):
+                manifest = read_manifest(self._catalog.directory / checkpoint_name(step) / MANIFEST_NAME)
+        return Saved(step, manifest.metrics if manifest else {})
+
+    def _size(self, step: int) -> int:
+        folder = self._catalog.directory / checkpoint_name(step)
+        size = 0
+        with suppress(OSError):  # rotated away just now
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.name != MANIFEST_NAME)
+        return size
+
+    def _count(self, nbytes: int) -> None:
+        self._arrived += nbytes
+
+    def _say_trouble(self, error: Exception) -> None:
+        now = time.monotonic()
+        self._trouble = str(error)
+        if self._failing_since is None:
+            self._failing_since = self._warn_at = now
+        if now >= self._warn_at:
+            lasting = now - self._failing_since
+            self._warn_at = now + max(_WARN_AGAIN, lasting)
+            waiting = self._lag
+            log.warning(
+                "mirror: %s. Training goes on, and so do the tries%s; only on this disk: %d checkpoints (%.0f MB), "
+                "the newest in the bucket is of step %d",
+                error,
+                f" (since {lasting:.0f} s)" if lasting >= 1 else "",
+                waiting["mirror/checkpoints_waiting"],
+                waiting["mirror/megabytes_waiting"],
+                self.newest_step(),
+            )
+
+    def _say_recovered(self) -> None:
+        if self._failing_since is not None:
+            log.info("mirror: works again, after %.0f s", time.monotonic() - self._failing_since)
+            self._failing_since, self._trouble = None, ""
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator["tqdm[None]"]:
+    """A progress bar in bytes, from the first second on."""
+    with tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+        yield bar
+
+
+def _home(directory: Path) -> str:
+    """A name for the run directory that no other directory has: not a copy of it on another machine, and not
+    another of the same name in another container."""
+    file = directory / ".home"
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(uuid.uuid4().hex)
+    except FileExistsError:
+        pass
+    return f"{socket.gethostname()}:{directory.resolve()}:{file.read_text(encoding='utf-8')}"

@@ -1,0 +1,107 @@
+"""What it takes to look at a run from elsewhere, beside its checkpoints: config, log, TensorBoard's events."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.storage.bucket import Bucket
+from src.storage.transfer import Damaged, download, upload
+
+_LOG = "train.log"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_EVENTS = re.compile(rf"tensorboard/({_NAME}/)*{_NAME}")
+_CONFIG = re.compile(rf"\.hydra/{_NAME}\.yaml")
+
+
+class RunFiles:
+    """The files of one run, here and below a prefix, under the same names."""
+
+    def __init__(self, bucket: Bucket, prefix: str, directory: Path) -> None:
+        """
+        Args:
+            prefix: What stands before the names, without a slash at its end.
+            directory: The run directory.
+        """
+        self._bucket = bucket
+        self._prefix = prefix
+        self._directory = directory
+        self._uploaded: dict[str, tuple[int, int]] = {}
+
+    def upload_changed(self) -> None:
+        """Upload what has changed since the last call.
+
+        Raises:
+            StoreError: the store did not take it.
+        """
+        for path in self._local():
+            try:
+                stat = path.stat()
+                name = path.relative_to(self._directory).as_posix()
+                version = (stat.st_size, stat.st_mtime_ns)
+                if self._uploaded.get(name) != version:
+                    upload(self._bucket, path, f"{self._prefix}/{name}", stat.st_size)
+                    self._uploaded[name] = version
+            except (OSError, Damaged):  # gone or cut short just now: the next call sees
+                continue
+
+    def fetch_history(self) -> None:
+        """Bring here what earlier lives of the run logged on other machines, so that log and curves are whole.
+
+        Raises:
+            StoreError: the store cannot be asked.
+            OSError: the disk refused.
+        """
+        for name, size in self._remote():
+            target = self._directory / name
+            if _EVENTS.fullmatch(name) and not target.exists():
+                self._fetch(name, size, target)
+            elif name == _LOG:
+                _prepend(target, self._bucket.get(f"{self._prefix}/{name}").body)
+
+    def fetch_all(self) -> None:
+        """Bring everything here that is not here yet.
+
+        Raises:
+            StoreError: the store cannot be asked.
+            OSError: the disk refused.
+        """
+        for name, size in self._remote():
+            if not (self._directory / name).exists():
+                self._fetch(name, size, self._directory / name)
+
+    def _local(self) -> Iterator[Path]:
+        yield from sorted((self._directory / ".hydra").glob("*.yaml"))
+        yield from sorted(path for path in (self._directory / "tensorboard").rglob("*") if path.is_file())
+        yield from (path for path in [self._directory / _LOG] if path.is_file())
+
+    def _remote(self) -> list[tuple[str, int]]:
+        """Names and sizes. What is in a bucket is not to be trusted: a name that could lead elsewhere is none."""
+        found = []
+        for part in (".hydra/", "tensorboard/", _LOG):
+            for key, size in self._bucket.keys(f"{self._prefix}/{part}"):
+                name = key.removeprefix(f"{self._prefix}/")
+                if name == _LOG or _EVENTS.fullmatch(name) or _CONFIG.fullmatch(name):
+                    found.append((name, size))
+        return found
+
+    def _fetch(self, name: str, size: int, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".tmp_{target.name}")
+        download(self._bucket, f"{self._prefix}/{name}", size, temporary)
+        temporary.rename(target)
+
+
+def _prepend(log: Path, history: bytes) -> None:
+    """Put what a log had elsewhere before what it has here, once, though both may begin alike.
+
+    In place: a handler that appends has it open, and goes on after the new end.
+    """
+    own = log.read_bytes() if log.exists() else b""
+    begins_alike = 0
+    for line, other in zip(own.splitlines(True), history.splitlines(True), strict=False):
+        if line != other:
+            break
+        begins_alike += len(line)
+    if begins_alike < len(history):
+        with log.open("r+b" if log.exists() else "wb") as file:
+            file.write(history + own[begins_alike:])

@@ -1,0 +1,206 @@
+"""Large files to a bucket and back: in parallel parts, within bounded memory, with one checksum from end to end.
+
+The checksum is the CRC-64/NVME of the whole file, the one that a checkpoint's manifest holds. The store compares every
+part with it on arrival, keeps that of the whole object, also of a multipart upload, and tells it when asked.
+"""
+
+import os
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from awscrt.checksums import combine_crc64nvme, crc64nvme
+
+from src.background import yield_to_training
+from src.storage.bucket import Bucket, encode_crc
+from src.storage.failures import StoreError
+
+_MIB = 1024 * 1024
+_PART = 16 * _MIB  # bytes
+_MOST_PARTS = 10_000  # that an upload may have
+_THREADS = 4  # parts at once, each in a buffer of its own: what bounds memory
+
+Progress = Callable[[int], None]
+"""Told of every part that has arrived: its bytes."""
+
+
+class Damaged(Exception):
+    """The bytes in a file are not those that were written to it."""
+
+
+def ignore(nbytes: int) -> None:
+    """Progress that nobody wants to know of."""
+
+
+def upload(
+    bucket: Bucket, path: Path, key: str, size: int, crc: int | None = None, progress: Progress = ignore
+) -> None:
+    """Upload the first `size` bytes of a file, and make sure that they have arrived.
+
+    Args:
+        crc: Of the bytes as they were written; None if there is no telling (a log that grows).
+
+    Raises:
+        Damaged: the file is not any more what was written.
+        OSError: it cannot be read.
+        StoreError: the store did not take it, or has something else than was sent.
+    """
+    part = max(_PART, -(-size // (_MOST_PARTS * _MIB)) * _MIB)
+    with path.open("rb", buffering=0) as file:
+        if size <= part:
+            sent = _upload_whole(bucket, file.fileno(), key, size, crc)
+            progress(size)
+        else:
+            sent = _upload_parts(bucket, file.fileno(), key, size, part, crc, progress)
+    # An upload without an error is not yet one without a fault.
+    if (found := look(bucket, key)) != (size, sent):
+        raise StoreError(f"{bucket.url(key)}: what is there is not what was sent ({_describe(found)})")
+
+
+def download(bucket: Bucket, key: str, size: int, path: Path, progress: Progress = ignore) -> int:
+    """Download an object of `size` bytes into a file, and fsync it.
+
+    Returns:
+        The CRC-64/NVME of what was written.
+
+    Raises:
+        OSError: the disk refused.
+        StoreError: the store did not give it.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        if size:
+            os.posix_fallocate(descriptor, 0, size)  # a disk that is too full says so now
+
+        def fetch(start: int) -> tuple[int, int]:
+            chunk = _read_range(bucket, key, start, min(_PART, size - start))
+            _write_all(descriptor, chunk, start)
+            progress(len(chunk))
+            return crc64nvme(chunk), len(chunk)
+
+        whole = 0
+        with _threads() as threads:
+            for crc, length in threads.map(fetch, range(0, size, _PART)):
+                whole = combine_crc64nvme(whole, crc, length)
+        os.fsync(descriptor)
+        return whole
+    finally:
+        os.close(descriptor)
+
+
+def abort_uploads(bucket: Bucket, prefix: str) -> int:
+    """Abort the multipart uploads below `prefix`, which nobody will complete. Returns how many there were."""
+    uploads = bucket.ask("list_multipart_uploads", Prefix=prefix).get("Uploads", [])
+    for upload in uploads:
+        bucket.ask("abort_multipart_upload", upload["Key"], UploadId=upload["UploadId"])
+    return len(uploads)
+
+
+def _upload_whole(bucket: Bucket, descriptor: int, key: str, size: int, crc: int | None) -> int:
+    body = os.pread(descriptor, size, 0)
+    found = _checksum(body, size, key)
+    _compare(found, crc, key)
+    bucket.pace(size)
+    bucket.ask("put_object", key, Body=body, ChecksumCRC64NVME=encode_crc(found), **bucket.write_options)
+    return found
+
+
+def _upload_parts(
+    bucket: Bucket, descriptor: int, key: str, size: int, part: int, crc: int | None, progress: Progress
+) -> int:
+    checksums = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
+    upload_id = bucket.ask("create_multipart_upload", key, **checksums, **bucket.write_options)["UploadId"]
+    buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    for _ in range(_THREADS):
+        buffers.put(bytearray(part))
+
+    def send(number: int) -> tuple[int, int, dict[str, object]]:
+        length = min(part, size - number * part)
+        buffer = buffers.get()
+        try:
+            read = os.preadv(descriptor, [memoryview(buffer)[:length]], number * part)
+            # boto3 takes bytes and bytearrays whole, but no views of them.
+            body = buffer if length == part else bytes(buffer[:length])
+            found = _checksum(body, length if read == length else -1, key)
+            sent: dict[str, object] = {"PartNumber": number + 1, "ChecksumCRC64NVME": encode_crc(found)}
+            bucket.pace(length)
+            sent["ETag"] = bucket.ask("upload_part", key, UploadId=upload_id, Body=body, **sent)["ETag"]
+        finally:
+            buffers.put(buffer)
+        progress(length)
+        return found, length, sent
+
+    try:
+        whole, parts = 0, []
+        with _threads() as threads:
+            for found, length, sent in threads.map(send, range(-(-size // part))):
+                whole = combine_crc64nvme(whole, found, length)
+                parts.append(sent)
+        _compare(whole, crc, key)
+        bucket.ask(
+            "complete_multipart_upload",
+            key,
+            UploadId=upload_id,
+            MultipartUpload={"Parts": parts},
+            ChecksumCRC64NVME=encode_crc(whole),
+            ChecksumType="FULL_OBJECT",
+        )
+    except BaseException:
+        with suppress(StoreError):  # else it is swept at the next start
+            bucket.ask("abort_multipart_upload", key, UploadId=upload_id)
+        raise
+    return whole
+
+
+def look(bucket: Bucket, key: str) -> tuple[int, int] | None:
+    """Size and CRC-64/NVME of an object: as the store says, or where it keeps no checksums, by reading all of it.
+
+    Returns:
+        None if there is no such object.
+    """
+    found = bucket.stat(key)
+    if found is None:
+        return None
+    if found.crc is not None:
+        return found.size, found.crc
+    crc = 0
+    for start in range(0, found.size, _PART):
+        chunk = _read_range(bucket, key, start, min(_PART, found.size - start))
+        crc = combine_crc64nvme(crc, crc64nvme(chunk), len(chunk))
+    return found.size, crc
+
+
+def _read_range(bucket: Bucket, key: str, start: int, length: int) -> bytes:
+    bucket.pace(length)
+    chunk: bytes = bucket.ask("get_object", key, Range=f"bytes={start}-{start + length - 1}")["Body"]
+    if len(chunk) != length:
+        raise StoreError(f"{bucket.url(key)}: the store sent {len(chunk)} bytes of {length}")
+    return chunk
+
+
+def _write_all(descriptor: int, chunk: bytes, offset: int) -> None:
+    view = memoryview(chunk)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _describe(found: tuple[int, int] | None) -> str:
+    return f"{found[0]} bytes with checksum {found[1]:016x}" if found else "nothing"
+
+
+def _checksum(body: bytes | bytearray, length: int, key: str) -> int:
+    if len(body) != length:
+        raise Damaged(f"{key.rpartition('/')[2]} became shorter")
+    return int(crc64nvme(body))
+
+
+def _compare(found: int, expected: int | None, key: str) -> None:
+    if expected is not None and found != expected:
+        raise Damaged(f"{key.rpartition('/')[2]} is not what was saved: its checksum is another")
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, "s3", initializer=yield_to_training)
