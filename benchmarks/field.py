@@ -1,95 +1,92 @@
-"""All savers side by side in one process, taking turns."""
+"""All savers side by side, taking turns, each turn in a process of its own."""
 
 import os
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import Generic, TypeVar
 
+from benchmarks.process import SaverFailed, fresh_process
 from benchmarks.savers import Saver
-from benchmarks.workloads import Task
+from benchmarks.workloads import Task, Workload
 
 T = TypeVar("T")
 
 
-class Field:
-    """The savers that run, and why the others do not.
+@dataclass
+class Turns(Generic[T]):
+    """What came of it."""
 
-    They take turns, round after round in a new order, so that whatever else changes on the machine changes for all
-    alike. Each saves once before anything counts: buffers are made, processes started, code is warm.
+    rounds: dict[str, list[list[T]]] = field(default_factory=lambda: defaultdict(list))
+    """By the saver's name: its samples, round by round. A saver that fails has none."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why a saver does not run, by name."""
+    label: str = ""
+    """The model and the size of its state."""
+    state_bytes: int = 0
+
+    def samples(self, name: str) -> list[T]:
+        """Of all rounds."""
+        return [sample for samples in self.rounds[name] for sample in samples]
+
+
+def take_turns(
+    savers: Sequence[type[Saver]],
+    workload: Workload,
+    device: str,
+    directory: Path,
+    measure: Callable[[Saver, Task], list[T]],
+    rounds: int,
+) -> Turns[T]:
+    """Measure every saver once a round.
+
+    Rounds follow each other in a new order, so that whatever changes on the machine changes for all alike. Each turn
+    has a process of its own: what one leaves behind there (threads, processes, allocators) would slow down all others.
+    In it, the saver saves once before anything counts: buffers are made, processes started, code is warm.
+
+    Args:
+        measure: What to do with a saver, in the new process, hence a function that can be sent there. It leaves
+            nothing in flight and nothing on the disk, and returns its samples.
     """
-
-    def __init__(self, savers: Sequence[type[Saver]], task: Task, directory: Path) -> None:
-        self.task = task
-        self.failures: dict[str, str] = {}
-        """Why a saver does not run, by name."""
-        self._savers: list[Saver] = []
-        for number, kind in enumerate(savers):
-            folder = directory / f"saver_{number}"
-            folder.mkdir()
-            try:
-                saver = kind(task.state, folder)
-                _save_once(saver, task)
-            except Exception as error:
-                self.failures[kind.name] = explain(error)
-            else:
-                self._savers.append(saver)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for saver in self._savers:
-            try:
-                saver.close()
-            except Exception as error:
-                self.failures.setdefault(saver.name, explain(error))
-        self._savers.clear()  # and their buffers with them
-
-    def take_turns(
-        self, measure: Callable[[Saver], T], rounds: int, enough: Callable[[list[T]], bool] = lambda samples: False
-    ) -> dict[str, list[T]]:
-        """Measure every saver once a round.
-
-        Args:
-            measure: What to do with a saver. It leaves nothing in flight and nothing on the disk.
-            rounds: At most.
-            enough: Whether a saver can sit out from now on, by its samples so far.
-
-        Returns:
-            The samples by the saver's name. One that fails half-way has none, and is among `failures`.
-        """
-        samples: dict[str, list[T]] = defaultdict(list)
-        order = random.Random(0)  # another order each round: nobody always comes after the same one
-        for _ in range(rounds):
-            for saver in order.sample(self._savers, len(self._savers)):
-                if enough(samples[saver.name]):
-                    continue
-                # Nobody pays for the pages that another has left to be written.
-                os.sync()
+    turns: Turns[T] = Turns()
+    remaining = list(savers)
+    order = random.Random(0)  # another order each round: nobody always comes after the same one
+    for _ in range(rounds):
+        for saver in order.sample(remaining, len(remaining)):
+            os.sync()  # nobody pays for the pages that another has left to be written
+            with tempfile.TemporaryDirectory(dir=directory) as folder:
                 try:
-                    samples[saver.name].append(measure(saver))
-                except Exception as error:
-                    self.failures[saver.name] = explain(error)
-                    self._savers.remove(saver)
-        names = [saver.name for saver in self._savers]
-        return {name: samples[name] for name in names}
+                    with fresh_process(_turn, saver, workload, device, Path(folder), measure) as child:
+                        turns.label, turns.state_bytes, samples = child.receive()
+                except SaverFailed as error:
+                    turns.failures[saver.name] = str(error)
+                    turns.rounds.pop(saver.name, None)
+                    remaining.remove(saver)
+                else:
+                    turns.rounds[saver.name].append(samples)
+    turns.rounds = {saver.name: turns.rounds[saver.name] for saver in remaining}  # in the order of the tables
+    return turns
 
 
-def explain(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
-
-
-def _save_once(saver: Saver, task: Task) -> None:
+def _turn(
+    kind: type[Saver],
+    workload: Workload,
+    device: str,
+    directory: Path,
+    measure: Callable[[Saver, Task], list[T]],
+    connection: Connection,
+) -> None:
+    task = Task(workload, device)
+    saver = kind(task.state, directory)
     task.step()
     step = task.state.global_step
     saver.save(step)
     saver.before_update()
     saver.wait()
     saver.discard(step)
+    connection.send((task.label, task.state_bytes, measure(saver, task)))
+    saver.close()

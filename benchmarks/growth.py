@@ -1,19 +1,18 @@
 """What grows with the state, and what must not grow with the number of saves."""
 
-import multiprocessing
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.field import explain
-from benchmarks.memory import Footprint, SaverFailed, footprint
+from benchmarks.memory import Footprint, footprint
 from benchmarks.ours import Holdfast
 from benchmarks.peers import BufferAndThread, DcpAsyncCached, TorchCheckpointing, TorchSaveDurably
+from benchmarks.process import SaverFailed, fresh_process
 from benchmarks.results import Result, Table, seconds
 from benchmarks.savers import Saver
 from benchmarks.settings import Settings
@@ -75,14 +74,12 @@ def _cell(value: Footprint | str) -> str:
 def _with_the_saves(settings: Settings) -> tuple[Table, dict[str, Any]]:
     rows, measured = [], {}
     for saver, saves in (_MANY_QUICK if settings.quick else _MANY).items():
-        with (
-            tempfile.TemporaryDirectory(dir=settings.directory) as folder,
-            ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process,
-        ):
+        with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
             try:
-                looks = fresh_process.submit(_save_many, saver, saves, Path(folder)).result()
-            except Exception as error:
-                rows.append([saver.name, f"failed: {explain(error)}", "", "", ""])
+                with fresh_process(_save_many, saver, saves, Path(folder)) as child:
+                    looks = child.receive()
+            except SaverFailed as error:
+                rows.append([saver.name, f"failed: {error}", "", "", ""])
                 continue
         measured[saver.name] = [asdict(look) for look in looks]
         rows += [
@@ -94,7 +91,7 @@ def _with_the_saves(settings: Settings) -> tuple[Table, dict[str, Any]]:
     return Table(caption, columns, rows), measured
 
 
-def _save_many(kind: type[Saver], saves: int, directory: Path) -> list[Look]:
+def _save_many(kind: type[Saver], saves: int, directory: Path, connection: Connection) -> None:
     task = Task(sized(_SMALL), "cpu")
     saver = kind(task.state, directory)
     durations, looks = [], []
@@ -109,8 +106,8 @@ def _save_many(kind: type[Saver], saves: int, directory: Path) -> list[Look]:
             saver.discard(task.state.global_step)
         if count in _LOOKS or count == saves:
             looks.append(Look(count, median(durations[-10:]), _resident_bytes(), _open_files()))
+    connection.send(looks)
     saver.close()
-    return looks
 
 
 def _open_files() -> int:

@@ -6,15 +6,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.field import Field
+from benchmarks.field import take_turns
 from benchmarks.results import Result, Table, failure_rows, seconds, times
 from benchmarks.roster import IN_BACKGROUND
-from benchmarks.savers import Saver
+from benchmarks.savers import NoSaver, Saver
 from benchmarks.settings import Settings
 from benchmarks.workloads import Task, Workload
 
 _UNDISTURBED = 4  # steps before each save
-_ENOUGH = 30  # steps in flight
+_SAVES, _STEPS = 4, 10  # in a turn: at most so many saves, and so many steps in flight
 _LONGEST = 60.0  # seconds that a save may take
 
 
@@ -29,40 +29,45 @@ class _Sample:
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    tables, measurements = [], {}
-    for workload, rounds, folder in settings.sizes(small=10, large=3):
-        label, table, measured = _compare(workload, rounds, folder)
-        tables.append(table)
-        measurements[label] = measured
-    return Result(tables, measurements)
+    return settings.at_each_size(_compare, small=2, large=1)
 
 
 def _compare(workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:
-    task = Task(workload, "cpu")
-    with Field(IN_BACKGROUND, task, directory) as field:
-        samples = field.take_turns(
-            lambda saver: _measure(saver, task),
-            rounds,
-            enough=lambda values: sum(len(sample.in_flight) for sample in values) >= _ENOUGH,
-        )
-    rows, ratios = [], {}
-    for name, values in samples.items():
-        # Each relative to the undisturbed steps of its own turn: the machine may have been slower in another.
-        in_flight = [step / median(sample.undisturbed) for sample in values for step in sample.in_flight]
-        if not in_flight:
-            rows.append([name, "no step fits in", "0", ""])
+    turns = take_turns([NoSaver, *IN_BACKGROUND], workload, "cpu", directory, _measure, rounds)
+    alone = median(step for sample in turns.samples(NoSaver.name) for step in sample.undisturbed)
+    rows, ratios, between = [], {}, {}
+    for saver in IN_BACKGROUND:
+        samples = turns.samples(saver.name) if saver.name in turns.rounds else []
+        if not samples:
             continue
-        ratios[name] = median(in_flight)
-        steps_per_save = len(in_flight) / len(values)
-        rows.append([name, times(ratios[name]), str(len(in_flight)), f"{steps_per_save:.1f}"])
-    alone = median(duration for values in samples.values() for sample in values for duration in sample.undisturbed)
-    caption = f"**Steps while a save is in flight, {task.label}** (1 × = a step with none: {seconds(alone)})"
-    columns = ["", "step in flight", "steps measured", "steps per save"]
-    measured = {"state_bytes": task.state_bytes, "step": alone, "ratio": ratios, "failures": field.failures}
-    return task.label, Table(caption, columns, rows + failure_rows(field.failures, len(columns))), measured
+        # Relative to the steps just before the same save: the machine may be slower at another time.
+        in_flight = [step / median(sample.undisturbed) for sample in samples for step in sample.in_flight]
+        between[saver.name] = median(step for sample in samples for step in sample.undisturbed) / alone
+        if in_flight:
+            ratios[saver.name] = median(in_flight)
+        ratio = times(ratios[saver.name]) if in_flight else "no step fits in"
+        per_save = f"{len(in_flight) / len(samples):.1f}"
+        rows.append([saver.name, ratio, times(between[saver.name]), str(len(in_flight)), per_save])
+    caption = f"**Steps while a save is in flight, {turns.label}** (1 × = a step without a saver: {seconds(alone)})"
+    columns = ["", "step in flight", "steps between saves", "steps measured", "steps per save"]
+    measured = {
+        "state_bytes": turns.state_bytes,
+        "step": alone,
+        "ratio": ratios,
+        "steps_between_saves": between,
+        "failures": turns.failures,
+    }
+    return turns.label, Table(caption, columns, rows + failure_rows(turns.failures, len(columns))), measured
 
 
-def _measure(saver: Saver, task: Task) -> _Sample:
+def _measure(saver: Saver, task: Task) -> list[_Sample]:
+    samples: list[_Sample] = []
+    while len(samples) < _SAVES and sum(len(sample.in_flight) for sample in samples) < _STEPS:
+        samples.append(_save_once(saver, task))
+    return samples
+
+
+def _save_once(saver: Saver, task: Task) -> _Sample:
     undisturbed, in_flight = [], []
     for _ in range(_UNDISTURBED):
         start = time.perf_counter()

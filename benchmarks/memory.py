@@ -1,17 +1,15 @@
 """What a saver does to the memory of a process that does nothing else."""
 
-import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import psutil
 
-from benchmarks.field import explain
+from benchmarks.process import fresh_process
 from benchmarks.savers import Saver
 from benchmarks.workloads import Task, Workload
 
@@ -32,10 +30,6 @@ class Footprint:
     """Median seconds until the save is done, likewise."""
 
 
-class SaverFailed(Exception):
-    """It raised, or its process ended."""
-
-
 def footprint(kind: type[Saver], workload: Workload, device: str, directory: Path) -> Footprint:
     """Save three times in a fresh process, one after the other, and watch its memory from outside.
 
@@ -44,61 +38,37 @@ def footprint(kind: type[Saver], workload: Workload, device: str, directory: Pat
     Raises:
         SaverFailed: with the reason, in one line.
     """
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_save_repeatedly, args=(kind, workload, device, directory, there))
-    process.start()
-    there.close()
-    try:
-        _receive(here)  # the saver is ready
-        observed = psutil.Process(process.pid)
-        before = peak = _memory([observed])
-        here.send("go")
-        while not here.poll(_INTERVAL):
-            peak = max(peak, _memory([observed, *observed.children(recursive=True)]))
-        state_bytes, stalls, durations = _receive(here)
-        here.send("end")
-    finally:
-        here.close()
-        process.join(10)
-        process.kill()  # a peer's process may keep it from ending
-        process.join()
+    with fresh_process(_save_repeatedly, kind, workload, device, directory) as child:
+        child.receive()  # the saver is ready
+        before = peak = _memory([child.process])
+        child.send("go")
+        while not child.connection.poll(_INTERVAL):
+            peak = max(peak, _memory([child.process, *child.process.children(recursive=True)]))
+        state_bytes, stalls, durations = child.receive()
+        child.send("end")
     return Footprint(state_bytes, peak - before, median(stalls[1:]), median(durations[1:]))
 
 
 def _save_repeatedly(
     kind: type[Saver], workload: Workload, device: str, directory: Path, connection: Connection
 ) -> None:
-    try:
-        task = Task(workload, device)
-        saver = kind(task.state, directory)
-        connection.send(None)
-        connection.recv()
-        stalls, durations = [], []
-        for _ in range(_SAVES):
-            task.state.advance(0)  # another step, as far as a saver can tell, without a step's activations
-            start = time.perf_counter()
-            saver.save(task.state.global_step)
-            saver.before_update()
-            stalls.append(time.perf_counter() - start)
-            saver.wait()
-            durations.append(time.perf_counter() - start)
-            saver.discard(task.state.global_step)
-        connection.send((task.state_bytes, stalls, durations))
-        connection.recv()
-        saver.close()
-    except Exception as error:
-        connection.send(SaverFailed(explain(error)))
-
-
-def _receive(connection: Connection) -> Any:
-    try:
-        message = connection.recv()
-    except EOFError:
-        raise SaverFailed("its process ended") from None
-    if isinstance(message, SaverFailed):
-        raise message
-    return message
+    task = Task(workload, device)
+    saver = kind(task.state, directory)
+    connection.send(None)
+    connection.recv()
+    stalls, durations = [], []
+    for _ in range(_SAVES):
+        task.state.advance(0)  # another step, as far as a saver can tell, without a step's activations
+        start = time.perf_counter()
+        saver.save(task.state.global_step)
+        saver.before_update()
+        stalls.append(time.perf_counter() - start)
+        saver.wait()
+        durations.append(time.perf_counter() - start)
+        saver.discard(task.state.global_step)
+    connection.send((task.state_bytes, stalls, durations))
+    connection.recv()
+    saver.close()
 
 
 def _memory(processes: Sequence[psutil.Process]) -> int:

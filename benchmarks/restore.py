@@ -2,14 +2,13 @@
 
 import mmap
 import time
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.field import Field
+from benchmarks.field import take_turns
 from benchmarks.ours import Holdfast
 from benchmarks.peers import DcpAsyncCached, Lightning, RawWrite, TorchCheckpointing, TorchSave, TorchSnapshot
 from benchmarks.peers import TorchSaveMapped as Mapped
@@ -33,7 +32,7 @@ class RawRead(RawWrite):
                 buffer = buffer[count:]
 
 
-_RESTORES = 2  # of each checkpoint
+_RESTORES = 3  # in a turn
 
 _READERS: list[type[Saver]] = [
     RawRead,
@@ -53,33 +52,27 @@ class DiffersError(Exception):
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    tables, measurements = [], {}
-    for workload, rounds, folder in settings.sizes(small=4, large=2):
-        label, table, measured = _compare(workload, rounds, folder)
-        tables.append(table)
-        measurements[label] = measured
-    return Result(tables, measurements)
+    return settings.at_each_size(_compare, small=2, large=1)
 
 
 def _compare(workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:
-    task, target = Task(workload, "cpu"), Task(workload, "cpu")
-    with Field(_READERS, task, directory) as field:
-        samples = field.take_turns(lambda saver: _measure(saver, task, target), rounds)
+    turns = take_turns(_READERS, workload, "cpu", directory, _measure, rounds)
     restore_names = {saver.name: saver.restore_name for saver in _READERS}
-    duration = {restore_names[name]: median(chain(*values)) for name, values in samples.items()}
+    duration = {restore_names[name]: median(turns.samples(name)) for name in turns.rounds}
     raw = duration[RawRead.name]
     rows = [[name, times(value / raw), seconds(value)] for name, value in duration.items()]
-    failures = {restore_names[name]: reason for name, reason in field.failures.items()}
+    failures = {restore_names[name]: reason for name, reason in turns.failures.items()}
     caption = (
-        f"**Restore, {task.label}** "
-        f"(1 × = reading as many bytes: {seconds(raw)}, {task.state_bytes / raw / 1e9:.1f} GB/s)"
+        f"**Restore, {turns.label}** "
+        f"(1 × = reading as many bytes: {seconds(raw)}, {turns.state_bytes / raw / 1e9:.1f} GB/s)"
     )
     columns = ["", "time", "seconds"]
-    measured = {"state_bytes": task.state_bytes, "seconds": duration, "failures": failures}
-    return task.label, Table(caption, columns, rows + failure_rows(failures, len(columns))), measured
+    measured = {"state_bytes": turns.state_bytes, "seconds": duration, "failures": failures}
+    return turns.label, Table(caption, columns, rows + failure_rows(failures, len(columns))), measured
 
 
-def _measure(saver: Saver, task: Task, target: Task) -> list[float]:
+def _measure(saver: Saver, task: Task) -> list[float]:
+    target = Task(task.workload, task.device)
     task.step()
     saved = task.state.global_step
     saver.save(saved)

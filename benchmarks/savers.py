@@ -71,6 +71,15 @@ class Saver(ABC):
         return self.directory / f"step_{step:08d}"
 
 
+class NoSaver(Saver):
+    """Trains without checkpoints: the reference, which takes its turn like everyone."""
+
+    name = "no checkpoints"
+
+    def save(self, step: int) -> None:
+        """Do nothing."""
+
+
 def contents(state: TrainState) -> dict[str, Any]:
     """What every peer saves: the tensors that ours saves, and the counters."""
     counters = {"epoch": state.epoch, "global_step": state.global_step, "samples": state.samples}

@@ -4,19 +4,23 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.clock import clock_of
-from benchmarks.field import Field
-from benchmarks.memory import SaverFailed, footprint
+from benchmarks.field import take_turns
+from benchmarks.memory import footprint
+from benchmarks.process import SaverFailed
 from benchmarks.results import Result, Table, failure_rows, seconds, times
 from benchmarks.roster import FLOOR, SAVERS
 from benchmarks.savers import Saver
 from benchmarks.settings import Settings
 from benchmarks.workloads import Task, Workload
 
+_SAVES = 4  # in a turn
 _UNDISTURBED = 2  # steps before each save
 _FOLLOWING = {"cpu": 1, "cuda": 5}  # steps after `save` that may pay for it: on a GPU the copy overlaps more of them
 
@@ -35,22 +39,16 @@ class _Sample:
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    tables, measurements = [], {}
-    for workload, rounds, folder in settings.sizes(small=15, large=5):
-        measure_memory = not settings.quick and workload is settings.workloads[-1]
-        label, table, measured = _compare(workload, settings.device, rounds, measure_memory, folder)
-        tables.append(table)
-        measurements[label] = measured
-    return Result(tables, measurements)
+    return settings.at_each_size(partial(_compare, settings), small=3, large=2)
 
 
-def _compare(
-    workload: Workload, device: str, rounds: int, measure_memory: bool, directory: Path
-) -> tuple[str, Table, dict[str, Any]]:
-    task = Task(workload, device)
-    with Field([FLOOR, *SAVERS], task, directory) as field:
-        samples = field.take_turns(lambda saver: _measure(saver, task), rounds)
-    step = median(duration for values in samples.values() for sample in values for duration in sample.undisturbed)
+def _compare(settings: Settings, workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:
+    device = settings.device
+    measure_memory = not settings.quick and workload is settings.workloads[-1]
+    turns = take_turns([FLOOR, *SAVERS], workload, device, directory, _measure, rounds)
+    samples = {name: turns.samples(name) for name in turns.rounds}
+    between = {name: median(chain(*(sample.undisturbed for sample in values))) for name, values in samples.items()}
+    step = between[FLOOR.name]
     steps = _FOLLOWING[device]
     call = {name: median(sample.call for sample in values) for name, values in samples.items()}
     added = {name: median(sample.with_steps - steps * step for sample in values) for name, values in samples.items()}
@@ -59,27 +57,33 @@ def _compare(
 
     rows = []
     for name in call:
-        row = [name, times(call[name] / floor), times(added[name] / floor), seconds(call[name])]
+        row = [name, times(call[name] / floor), times(added[name] / floor), times(between[name] / step)]
+        row.append(seconds(call[name]))
         if measure_memory:
             row.append(f"{memory[name]:.1f} ×" if name in memory else no_memory.get(name, ""))
         rows.append(row)
     following = "step" if steps == 1 else f"{steps} steps"
-    columns = ["", "stall", f"with what it adds to the next {following}", "seconds"]
+    columns = ["", "stall", f"with what it adds to the next {following}", "steps between saves", "seconds"]
     columns += ["peak memory / state"] if measure_memory else []
-    caption = f"**Stall, {task.label}** (copies of it: 1 × = {seconds(floor)}; a step: {seconds(step)})"
+    caption = f"**Stall, {turns.label}** (copies of it: 1 × = {seconds(floor)}; a step: {seconds(step)})"
     measured = {
-        "state_bytes": task.state_bytes,
+        "state_bytes": turns.state_bytes,
         "step": step,
         "stall": call,
         "stall_over_memcpy": {name: value / floor for name, value in call.items()},
         "added_over_memcpy": {name: value / floor for name, value in added.items()},
+        "steps_between_saves": {name: value / step for name, value in between.items()},
         "memory_over_state": memory,
-        "failures": field.failures,
+        "failures": turns.failures,
     }
-    return task.label, Table(caption, columns, rows + failure_rows(field.failures, len(columns))), measured
+    return turns.label, Table(caption, columns, rows + failure_rows(turns.failures, len(columns))), measured
 
 
-def _measure(saver: Saver, task: Task) -> _Sample:
+def _measure(saver: Saver, task: Task) -> list[_Sample]:
+    return [_save_once(saver, task) for _ in range(_SAVES)]
+
+
+def _save_once(saver: Saver, task: Task) -> _Sample:
     clock = clock_of(task.device)
     undisturbed = []
     for _ in range(_UNDISTURBED):

@@ -2,15 +2,16 @@
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.clock import clock_of
-from benchmarks.field import Field
+from benchmarks.field import take_turns
 from benchmarks.results import Result, Table, failure_rows, seconds
 from benchmarks.roster import SAVERS
-from benchmarks.savers import Saver
+from benchmarks.savers import NoSaver, Saver
 from benchmarks.settings import Settings
 from benchmarks.workloads import SHORT_STEP, Task, Workload
 
@@ -20,22 +21,13 @@ _BLOCKS_QUICK = {10: 50}
 _BLOCKS_CUDA = {100: 300}
 
 
-class NoSaver(Saver):
-    """Trains without checkpoints: the reference, which takes its turn like everyone."""
-
-    name = "no checkpoints"
-
-    def save(self, step: int) -> None:
-        """Do nothing."""
-
-
 def run(settings: Settings) -> Result:
     """Measure the workload of the device."""
     if settings.device == "cuda":
         workloads, blocks = settings.workloads, _BLOCKS_CUDA
     else:
         workloads, blocks = [SHORT_STEP], _BLOCKS_QUICK if settings.quick else _BLOCKS
-    rounds = 2
+    rounds = 1
     tables, measurements = [], {}
     for workload in workloads:
         with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
@@ -48,20 +40,15 @@ def run(settings: Settings) -> Result:
 def _compare(
     workload: Workload, device: str, blocks: dict[int, int], rounds: int, directory: Path
 ) -> tuple[str, Table, dict[str, Any]]:
-    task = Task(workload, device)
-    with Field([NoSaver, *SAVERS], task, directory) as field, ThreadPoolExecutor(1) as trash:
-
-        def measure(saver: Saver) -> dict[int, float]:
-            return {every: _train(saver, task, every, steps, trash) / steps for every, steps in blocks.items()}
-
-        samples = field.take_turns(measure, rounds)
-    alone = samples.pop(NoSaver.name)
+    measure = partial(_measure, blocks=blocks)
+    turns = take_turns([NoSaver, *SAVERS], workload, device, directory, measure, rounds)
+    alone = [samples[0] for samples in turns.rounds.pop(NoSaver.name)]
     kept = {
         name: {
-            every: median(reference[every] / own[every] for reference, own in zip(alone, values, strict=True))
+            every: median(without[every] / own[every] for without, own in zip(alone, turns.samples(name), strict=True))
             for every in blocks
         }
-        for name, values in samples.items()
+        for name in turns.rounds
     }
     fsyncs = {saver.name: saver.fsyncs for saver in SAVERS}
     rows = [
@@ -69,10 +56,16 @@ def _compare(
         for name, shares in kept.items()
     ]
     step = median(values[max(blocks)] for values in alone)
-    caption = f"**Throughput that is left, {task.label}** (100 % = no checkpoints: {seconds(step)} per step)"
+    caption = f"**Throughput that is left, {turns.label}** (100 % = no checkpoints: {seconds(step)} per step)"
     columns = ["a checkpoint every", *(f"{every} steps" for every in blocks), "fsync"]
-    measured = {"state_bytes": task.state_bytes, "step": step, "throughput": kept, "failures": field.failures}
-    return task.label, Table(caption, columns, rows + failure_rows(field.failures, len(columns))), measured
+    measured = {"state_bytes": turns.state_bytes, "step": step, "throughput": kept, "failures": turns.failures}
+    return turns.label, Table(caption, columns, rows + failure_rows(turns.failures, len(columns))), measured
+
+
+def _measure(saver: Saver, task: Task, blocks: dict[int, int]) -> list[dict[int, float]]:
+    """One sample: seconds per step, by the steps between checkpoints."""
+    with ThreadPoolExecutor(1) as trash:
+        return [{every: _train(saver, task, every, steps, trash) / steps for every, steps in blocks.items()}]
 
 
 def _train(saver: Saver, task: Task, every: int, steps: int, trash: ThreadPoolExecutor) -> float:
