@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import durable, growth, in_flight, restore, stall, training
+from benchmarks import durable, growth, in_flight, mirror, restore, stall, training
 from benchmarks.clock import require_device
 from benchmarks.report import report
 from benchmarks.results import Result, describe_machine, record
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Result]] = {
     "training": training.run,
     "restore": restore.run,
     "growth": growth.run,
+    "mirror": mirror.run,
 }
 ON_CUDA = ("stall", "training")
 OUTPUTS = Path(__file__).resolve().parent.parent / "outputs"

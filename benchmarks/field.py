@@ -88,5 +88,6 @@ def _turn(
     saver.before_update()
     saver.wait()
     saver.discard(step)
-    connection.send((task.label, task.state_bytes, measure(saver, task)))
-    saver.close()
+    samples = measure(saver, task)
+    saver.close()  # first, so that a saver that fails at it is a row that says so
+    connection.send((task.label, task.state_bytes, samples))

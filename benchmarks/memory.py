@@ -1,7 +1,7 @@
 """What a saver does to the memory of a process that does nothing else."""
 
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,13 +40,12 @@ def footprint(kind: type[Saver], workload: Workload, device: str, directory: Pat
     """
     with fresh_process(_save_repeatedly, kind, workload, device, directory) as child:
         child.receive()  # the saver is ready
-        before = peak = _memory([child.process])
+        before = _memory(child.process, and_children=False)
+        looks = [before]
         child.send("go")
-        while not child.connection.poll(_INTERVAL):
-            peak = max(peak, _memory([child.process, *child.process.children(recursive=True)]))
-        state_bytes, stalls, durations = child.receive()
+        state_bytes, stalls, durations = child.receive(lambda: looks.append(_memory(child.process)), _INTERVAL)
         child.send("end")
-    return Footprint(state_bytes, peak - before, median(stalls[1:]), median(durations[1:]))
+    return Footprint(state_bytes, max(looks) - before, median(stalls[1:]), median(durations[1:]))
 
 
 def _save_repeatedly(
@@ -71,12 +70,13 @@ def _save_repeatedly(
     saver.close()
 
 
-def _memory(processes: Sequence[psutil.Process]) -> int:
+def _memory(process: psutil.Process, and_children: bool = True) -> int:
     """Bytes, pages that several processes share counted once."""
+    family = [process]
+    with suppress(psutil.Error):  # here and below: it has just ended
+        family += process.children(recursive=True) if and_children else []
     total = 0
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:  # it has just ended
-            continue
+    for member in family:
+        with suppress(psutil.Error):
+            total += member.memory_full_info().pss
     return total

@@ -239,8 +239,7 @@ class DcpAsyncProcess(DcpAsync):
         super().__init__(state, directory)
         self._type = AsyncCheckpointerType.PROCESS
         os.environ.setdefault("MASTER_ADDR", "localhost")
-        # The process is started by the first save, which needs a process group for that, and nothing after it
-        # does. Without the group the other peers in this process behave as they do alone.
+        # The process is started by the first save, which needs a process group for that; nothing after it does.
         start, meeting_place = directory / "start", directory / "group"
         dist.init_process_group("gloo", init_method=meeting_place.as_uri(), rank=0, world_size=1)
         try:

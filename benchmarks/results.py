@@ -8,7 +8,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -101,11 +100,6 @@ def seconds(value: float) -> str:
 def failure_rows(failures: dict[str, str], columns: int) -> list[list[str]]:
     """A row for each saver that does not run, with the reason."""
     return [[name, f"does not run: {reason}", *[""] * (columns - 2)] for name, reason in failures.items()]
-
-
-def median_or_none(values: list[float]) -> float | None:
-    """The median, if there is one."""
-    return median(values) if values else None
 
 
 def _cpu_model() -> str:

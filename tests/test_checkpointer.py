@@ -79,7 +79,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     yield build
     for checkpointer in made:
-        checkpointer.__exit__()
+        checkpointer.__exit__(None)
 
 
 def steps_in(directory: Path) -> list[int]:

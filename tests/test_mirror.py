@@ -21,6 +21,7 @@ from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.run_files import RunFiles
 from src.checkpoint.writer import write_checkpoint
 from src.storage.bucket import Bucket
+from src.storage.failures import Refused
 from src.storage.s3 import S3Storage
 from tests.conftest import TINY, Result, Training
 from tests.store import SECRET, Network, Store, error_answer
@@ -565,6 +566,57 @@ def test_asked_to_stop_it_takes_the_last_checkpoint_along(training: Training, st
     assert f"after step {steps_here(training.run)[-1]}, which is saved" in result.output
 
 
+def test_what_a_killed_life_left_half_done_is_swept(
+    make: Callable[..., BucketMirror], tmp_path: Path, store: Store, bucket: str
+) -> None:
+    save(tmp_path, 7)
+    folder = "holdfast/run/checkpoints"
+    stays = ["step_00000003/manifest.json", "step_00000003/state.pt"]
+    stays += ["step_00000005/manifest.json.retired", "step_00000005/state.pt", "step_00000007/state.pt", "notes.txt"]
+    for name in [*stays, "step_00000004/state.pt", "step_00000009/state.pt"]:
+        store.write(bucket, f"{folder}/{name}", b"{}")
+    store.client().create_multipart_upload(Bucket=bucket, Key=f"{folder}/step_00000008/state.pt")
+    mirror = make()
+    mirror.open()
+    mirror.begin(above=7)
+    mirror.flush()
+    mirror.insist()
+    there = [key.removeprefix(f"{folder}/") for key in store.keys(bucket, folder)]
+    assert there == sorted([*stays, "step_00000007/manifest.json"])
+    assert store.client().list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+def test_who_may_not_list_unfinished_uploads_can_train_nevertheless(
+    make: Callable[..., BucketMirror], tmp_path: Path, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Bucket.ask
+
+    def refuse(self: Bucket, operation: str, *arguments: Any, **parameters: Any) -> Any:
+        if operation == "list_multipart_uploads":
+            raise Refused("permission denied")
+        return ask(self, operation, *arguments, **parameters)
+
+    monkeypatch.setattr(Bucket, "ask", refuse)
+    save(tmp_path, 7)
+    mirror = make()
+    mirror.open()
+    mirror.begin(above=7)
+    mirror.flush()
+    mirror.insist()
+
+
+def test_a_training_that_fails_still_takes_its_checkpoints_along(
+    train: Train, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a bug in the evaluation")
+
+    monkeypatch.setattr("src.trainer.Trainer.evaluate", fail)
+    options = on_s3(store, bucket, "storage.max_mb_per_second=0.5")
+    assert train(*TINY, *options, "checkpoint.every=6").status == 1
+    assert steps_there(store, bucket) == steps_here() == [6, 12]
+
+
 def test_the_log_of_an_earlier_life_elsewhere_comes_first_and_once(store: Store, bucket: str, tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     for there, here, whole in (
@@ -580,6 +632,29 @@ def test_the_log_of_an_earlier_life_elsewhere_comes_first_and_once(store: Store,
             RunFiles(Bucket(bucket, endpoint_url=store.endpoint), ROOT, tmp_path).fetch_history()
             handler.write(b"z\n")
         assert log.read_bytes() == whole + b"z\n"
+
+
+def test_of_the_other_files_only_what_has_changed_is_uploaded(network: Network, bucket: str, tmp_path: Path) -> None:
+    for name in ("train.log", "tensorboard/events.1", "tensorboard/.tmp_events.2", ".hydra/config.yaml", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    def uploads(files: RunFiles) -> list[str]:
+        network.requests.clear()
+        files.upload_changed()
+        return sorted(re.findall(rf"PUT /{bucket}/{ROOT}/(\S+)", "\n".join(network.requests)))
+
+    def files() -> RunFiles:
+        return RunFiles(Bucket(bucket, endpoint_url=network.endpoint), ROOT, tmp_path)
+
+    first = files()
+    assert uploads(first) == [".hydra/config.yaml", "tensorboard/events.1", "train.log"]
+    assert uploads(first) == []
+    (tmp_path / "tensorboard/events.1").write_text("xy")
+    assert uploads(first) == ["tensorboard/events.1"]
+    second = files()  # another life
+    second.fetch_history()
+    assert "tensorboard/events.1" not in uploads(second)
 
 
 def test_uploads_of_the_mirror_are_no_part_of_trainings_random_numbers(

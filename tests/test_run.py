@@ -8,7 +8,7 @@ import pytest
 
 from src import run
 from src.errors import ConfigError, HoldfastError
-from src.run import config_drift, run_name
+from src.run import config_drift, name_of, run_name
 
 
 def test_a_run_without_overrides_has_a_name() -> None:
@@ -90,3 +90,18 @@ def test_invariant_10_the_lock_is_held_once_and_names_its_holder(
             run._acquire(second, tmp_path)
         fcntl.flock(first, fcntl.LOCK_UN)
         run._acquire(second, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("/home/me/project/outputs/default", "default"),
+        ("/home/me/project/outputs/sweeps/lr/a", "sweeps/lr/a"),
+        ("/home/me/project/elsewhere/run", "elsewhere/run"),
+        ("/scratch/run", "scratch/run"),
+        ("/home/me/project", "home/me/project"),
+        ("/", "root"),
+    ],
+)
+def test_a_run_is_called_the_same_on_every_machine(directory: str, name: str) -> None:
+    assert name_of(Path(directory), Path("/home/me/project")) == name

@@ -85,11 +85,13 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         # Also where training failed: what is on its way arrives before the run's lock is let go of.
         self._saver.close()
         if self._saving is not None and (error := self._saving.committed.exception()) is not None:
             log.error("step %d could not be saved: %s", self._saving.global_step, error)
+        if kind is not None and issubclass(kind, Exception):
+            self._mirror.flush()  # the machine may be gone before it is run again
         self._mirror.close()
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:

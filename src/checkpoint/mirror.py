@@ -21,7 +21,7 @@ from src.checkpoint.policy import CheckpointPolicy, Saved
 from src.checkpoint.remote import Connect, RemoteCatalog
 from src.checkpoint.run_files import RunFiles
 from src.errors import CheckpointError, MirrorError
-from src.storage.failures import StoreError
+from src.storage.failures import Refused, StoreError
 from src.storage.lease import Lease
 from src.storage.local import LocalStorage
 from src.storage.s3 import S3Storage
@@ -79,7 +79,7 @@ class Mirror:
         return {}
 
     def flush(self) -> None:
-        """Wait until everything is there, within limits; says what is not."""
+        """Wait until everything is there, within limits; says what is not. Does nothing the second time."""
 
     def insist(self) -> None:
         """To be called at the very end.
@@ -209,12 +209,11 @@ class BucketMirror(Mirror):
             CheckpointError: the bucket refused.
         """
         try:
-            if swept := abort_uploads(self._bucket, f"{self._root}/"):
-                log.info("aborted %d uploads that an earlier life had left unfinished in %s", swept, self.url)
             for step in sorted(self.steps):
                 if step > above:
                     log.warning("%s is retired: it no longer counts", self._remote.url(step))
                     self._remote.set_aside(step, RETIRED)
+            self._sweep()
             self._files.fetch_history()
         except (StoreError, OSError) as error:
             raise CheckpointError(f"{error}; mend it and run the same command again") from error
@@ -232,7 +231,8 @@ class BucketMirror(Mirror):
             if self._commits % self._every == 0:
                 self._wanted.add(global_step)
             self._commits += 1
-        self._lag = self._measure_lag()
+        with suppress(OSError):  # a disk that cannot be listed is no failure of the save
+            self._lag = self._measure_lag()
         self._news.set()
 
     def check(self) -> None:
@@ -253,11 +253,10 @@ class BucketMirror(Mirror):
 
     def flush(self) -> None:
         """Wait until everything that should be in the bucket is there: up to `storage.flush_timeout` seconds."""
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() or self._flushing.is_set():
             return
         with self._lock:  # the last and the best, whatever their turn
             self._wanted |= replace(self._policy, keep=1).to_keep([self._saved(step) for step in self._local()])
-        self._flushed.clear()
         self._flushing.set()
         self._news.set()
         deadline = time.monotonic() + self._flush_timeout
@@ -270,7 +269,7 @@ class BucketMirror(Mirror):
             log.error("not in %s: %s%s", self.url, names, f" ({self._trouble})" if self._trouble else "")
 
     def insist(self) -> None:
-        """Raises unless the last `flush` has brought everything there."""
+        """Raises unless `flush` has brought everything there."""
         if not self._flushed.is_set():
             raise MirrorError(
                 f"the run is done and safe in its directory, but not all of it is in {self.url}"
@@ -289,6 +288,16 @@ class BucketMirror(Mirror):
                 with suppress(StoreError):  # the log's last lines
                     self._files.upload_changed()
         self._lease.release()
+
+    def _sweep(self) -> None:
+        """Remove what a killed life left in the bucket: uploads and deletions that it did not finish."""
+        try:
+            swept = abort_uploads(self._bucket, f"{self._root}/") + self._remote.sweep(keep=self._local())
+        except Refused as error:
+            log.warning("what earlier lives left unfinished in %s stays there: %s", self.url, error)
+        else:
+            if swept:
+                log.info("removed %d things that an earlier life had left unfinished in %s", swept, self.url)
 
     def _work(self) -> None:
         yield_to_training()
@@ -378,7 +387,8 @@ class BucketMirror(Mirror):
         unread = [step for step, manifest in self._mirrored.items() if manifest is None]
         for step, found in self._remote.manifests(unread).items():
             if isinstance(found, Manifest):
-                self._mirrored[step] = found
+                with self._lock:
+                    self._mirrored[step] = found
         keep = self._policy.to_keep([self._saved(step) for step in self._mirrored])
         for step in self._mirrored.keys() - keep:
             self._lease.confirm()

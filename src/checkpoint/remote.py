@@ -3,7 +3,8 @@
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,31 @@ class RemoteCatalog:
         self.bucket.delete(self._key(global_step, MANIFEST_NAME))
         for key, _ in list(self.bucket.keys(f"{self._key(global_step)}/")):
             self.bucket.delete(key)
+
+    def sweep(self, keep: Iterable[int]) -> int:
+        """Delete what belongs to no checkpoint: an upload or a deletion was cut short.
+
+        Args:
+            keep: Steps whose upload may go on where it stopped.
+
+        Returns:
+            How many objects there were.
+        """
+        objects: dict[str, list[str]] = defaultdict(list)
+        for key, _ in self.bucket.keys(f"{self.prefix}/step_"):
+            objects[key.removeprefix(f"{self.prefix}/").partition("/")[0]].append(key)
+        kept = {checkpoint_name(step) for step in keep}
+        strays = [
+            key
+            for folder, keys in objects.items()
+            if folder not in kept and step_of(Path(folder)) is not None
+            # One that was set aside has a manifest too, under another name.
+            if not any(key.startswith(f"{self.prefix}/{folder}/{MANIFEST_NAME}") for key in keys)
+            for key in keys
+        ]
+        for key in strays:
+            self.bucket.delete(key)
+        return len(strays)
 
     def _manifest(self, global_step: int) -> tuple[bytes, Manifest]:
         key = self._key(global_step, MANIFEST_NAME)

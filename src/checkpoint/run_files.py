@@ -1,7 +1,6 @@
 """What it takes to look at a run from elsewhere, beside its checkpoints: config, log, TensorBoard's events."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from src.storage.bucket import Bucket
@@ -33,10 +32,10 @@ class RunFiles:
         Raises:
             StoreError: the store did not take it.
         """
-        for path in self._local():
+        for name in self._local():
+            path = self._directory / name
             try:
                 stat = path.stat()
-                name = path.relative_to(self._directory).as_posix()
                 version = (stat.st_size, stat.st_mtime_ns)
                 if self._uploaded.get(name) != version:
                     upload(self._bucket, path, f"{self._prefix}/{name}", stat.st_size)
@@ -53,8 +52,12 @@ class RunFiles:
         """
         for name, size in self._remote():
             target = self._directory / name
-            if _EVENTS.fullmatch(name) and not target.exists():
-                self._fetch(name, size, target)
+            if _EVENTS.fullmatch(name):
+                if not target.exists():
+                    self._fetch(name, size, target)
+                stat = target.stat()
+                if stat.st_size == size:  # events are only ever appended
+                    self._uploaded[name] = (size, stat.st_mtime_ns)
             elif name == _LOG:
                 _prepend(target, self._bucket.get(f"{self._prefix}/{name}").body)
 
@@ -69,10 +72,10 @@ class RunFiles:
             if not (self._directory / name).exists():
                 self._fetch(name, size, self._directory / name)
 
-    def _local(self) -> Iterator[Path]:
-        yield from sorted((self._directory / ".hydra").glob("*.yaml"))
-        yield from sorted(path for path in (self._directory / "tensorboard").rglob("*") if path.is_file())
-        yield from (path for path in [self._directory / _LOG] if path.is_file())
+    def _local(self) -> list[str]:
+        found = [*self._directory.glob(".hydra/*"), *self._directory.glob("tensorboard/**/*"), self._directory / _LOG]
+        names = [path.relative_to(self._directory).as_posix() for path in sorted(found) if path.is_file()]
+        return list(filter(_is_one, names))
 
     def _remote(self) -> list[tuple[str, int]]:
         """Names and sizes. What is in a bucket is not to be trusted: a name that could lead elsewhere is none."""
@@ -80,7 +83,7 @@ class RunFiles:
         for part in (".hydra/", "tensorboard/", _LOG):
             for key, size in self._bucket.keys(f"{self._prefix}/{part}"):
                 name = key.removeprefix(f"{self._prefix}/")
-                if name == _LOG or _EVENTS.fullmatch(name) or _CONFIG.fullmatch(name):
+                if _is_one(name):
                     found.append((name, size))
         return found
 
@@ -89,6 +92,10 @@ class RunFiles:
         temporary = target.with_name(f".tmp_{target.name}")
         download(self._bucket, f"{self._prefix}/{name}", size, temporary)
         temporary.rename(target)
+
+
+def _is_one(name: str) -> bool:
+    return bool(name == _LOG or _EVENTS.fullmatch(name) or _CONFIG.fullmatch(name))
 
 
 def _prepend(log: Path, history: bytes) -> None:

@@ -83,8 +83,9 @@ class Lease:
                             seen.age,
                         )
                     self._write(if_match=seen.etag)
-            except Conflict:
-                continue  # somebody was faster: look again
+            except Conflict:  # somebody was faster: look again
+                time.sleep(_LOOK)
+                continue
             if self._held or seen is None:
                 continue
             if waiting_for is None:
