@@ -1,5 +1,6 @@
 """The mirror: what is committed reaches the bucket, whatever happens, and an empty machine goes on from there."""
 
+import json
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from awscrt.checksums import crc64nvme
 
 from src.checkpoint import mirror as mirror_module
 from src.checkpoint.catalog import Catalog
@@ -245,6 +247,54 @@ def test_if_none_is_good_training_does_not_start_over(train: Train, store: Store
     assert steps_there(store, bucket) == [13]
 
 
+def test_a_bit_flipped_on_the_way_down_is_no_damage(
+    train: Train, store: Store, network: Network, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*TINY, "checkpoint.every=5", "model.width=64")
+    train(*options, *on_s3(store, bucket), "trainer.epochs=1")
+    shutil.rmtree(RUN)
+    network.corrupt_downloads = 1
+    result = train(*options, *on_s3(network, bucket), "trainer.epochs=1")
+    assert network.corrupt_downloads == 0
+    assert result.status == 0, result.output
+    assert "arrived damaged" in result.output
+    assert "step 13, epoch 1" in result.output
+
+
+def test_what_was_abandoned_is_not_forgotten_before_its_successor_has_arrived(
+    train: Train, store: Store, bucket: str
+) -> None:
+    options = (*TINY, *on_s3(store, bucket))
+    train(*options, "trainer.epochs=1")
+    key = f"{ROOT}/checkpoints/step_00000013/manifest.json"
+    store.write(bucket, f"{key}.retired", store.read(bucket, key))  # as `resume=PATH` does; then the disk is lost
+    store.client().delete_object(Bucket=bucket, Key=key)
+    shutil.rmtree(RUN)
+    result = train(*options, "trainer.epochs=1")
+    assert result.status == 3
+    assert "step 13 in s3://" in result.output
+    assert "retired earlier" in result.output
+    assert train(*options, "resume=never", "trainer.epochs=1").status == 0
+
+
+def test_a_checkpoint_that_was_saved_broken_does_not_block_the_one_before(
+    train: Train, store: Store, bucket: str
+) -> None:
+    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, "trainer.epochs=1")
+    folder = RUN / "checkpoints/step_00000013"
+    torch.save({"global_step": 99}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    body = (folder / "state.pt").read_bytes()
+    manifest["files"]["state.pt"] = {"size": len(body), "checksum": f"crc64nvme:{crc64nvme(body):016x}"}
+    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/state.pt", body)
+    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/manifest.json", json.dumps(manifest).encode())
+    shutil.rmtree(RUN)
+    result = train(*options, "trainer.epochs=1")
+    assert result.status == 0, result.output
+    assert "step 10, epoch 0" in result.output
+
+
 def test_a_damaged_local_checkpoint_is_replaced_from_the_bucket(train: Train, store: Store, bucket: str) -> None:
     options = (*TINY, *on_s3(store, bucket))
     train(*options, "trainer.epochs=1")
@@ -406,8 +456,8 @@ def test_whatever_the_network_does_training_ends_and_all_is_there(
 ) -> None:
     begin = BucketMirror.begin
 
-    def begin_and_fail(self: BucketMirror, above: int) -> None:
-        begin(self, above)
+    def begin_and_fail(self: BucketMirror, above: int, label: str) -> None:
+        begin(self, above, label)
         fault(network)
 
         def recover() -> None:
@@ -427,8 +477,8 @@ def test_an_outage_at_the_end_is_waited_for_only_so_long_and_the_exit_status_tel
 ) -> None:
     begin = BucketMirror.begin
 
-    def begin_and_fail(self: BucketMirror, above: int) -> None:
-        begin(self, above)
+    def begin_and_fail(self: BucketMirror, above: int, label: str) -> None:
+        begin(self, above, label)
         drop(network)
 
     with monkeypatch.context() as patch:

@@ -5,9 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import botocore.retryhandler
+import botocore.utils
 import numpy as np
 import pytest
 from awscrt.checksums import crc64nvme
@@ -138,11 +141,16 @@ def test_what_else_a_store_may_say(
         preflight(network.endpoint, bucket, tmp_path)
 
 
+@pytest.mark.parametrize("ignored", ["if_absent", "if_match"])
 def test_a_store_that_ignores_conditions_is_refused(
-    store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: str
 ) -> None:
     put = Bucket.put
-    monkeypatch.setattr(Bucket, "put", lambda self, key, body, **conditions: put(self, key, body))
+
+    def forgetful(self: Bucket, key: str, body: bytes, **conditions: Any) -> str:
+        return put(self, key, body, **{name: value for name, value in conditions.items() if name != ignored})
+
+    monkeypatch.setattr(Bucket, "put", forgetful)
     with pytest.raises(ConfigError, match="If-None-Match"):
         preflight(store.endpoint, bucket, tmp_path)
     assert store.keys(bucket) == []
@@ -407,6 +415,19 @@ def test_conditions(client: Bucket) -> None:
     with pytest.raises(NotThere):
         client.get("key")
     assert client.stat("key") is None
+
+
+def test_an_empty_object_is_an_object(client: Bucket) -> None:
+    client.put("key", b"")
+    assert client.get("key").body == b""
+
+
+def test_renewing_credentials_draws_no_random_numbers_from_training() -> None:
+    before = random.getstate()
+    soon = (datetime.now(UTC) - timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    botocore.utils.InstanceMetadataFetcher()._evaluate_expiration({"expiry_time": soon})
+    botocore.retryhandler.delay_exponential("rand", 2, 3)
+    assert random.getstate() == before
 
 
 def test_more_keys_than_fit_on_a_page(client: Bucket, store: Store) -> None:

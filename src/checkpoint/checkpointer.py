@@ -90,9 +90,11 @@ class Checkpointer:
         self._saver.close()
         if self._saving is not None and (error := self._saving.committed.exception()) is not None:
             log.error("step %d could not be saved: %s", self._saving.global_step, error)
-        if kind is not None and issubclass(kind, Exception):
-            self._mirror.flush()  # the machine may be gone before it is run again
-        self._mirror.close()
+        try:
+            if kind is not None and issubclass(kind, Exception):
+                self._mirror.flush()  # the machine may be gone before it is run again
+        finally:
+            self._mirror.close()
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:
         """Bring `state` to where the run left off; the first time, start it afresh or from `init_from`.
@@ -114,7 +116,7 @@ class Checkpointer:
         found = find_to_resume(self.catalog, resume, self._mirror) if resume != "never" else None
         if found is None:
             self._start_afresh(state, resume, init_from)
-            self._mirror.begin(above=-1)
+            self._mirror.begin(above=-1, label=OLD)
             return
         check_compatible(found.manifest, self._config, self._environment)
         state.load_state_dict(found.state)

@@ -57,8 +57,13 @@ class Mirror:
         """Bring a checkpoint of `steps` to the disk, verified, under a temporary name that the catalog can adopt."""
         raise NotImplementedError
 
-    def begin(self, above: int) -> None:
-        """Begin to mirror, now that it is known where training goes on: what is there above that step is abandoned."""
+    def retired(self) -> list[int]:
+        """Steps that were abandoned there on purpose, for others that may never have arrived."""
+        return []
+
+    def begin(self, above: int, label: str = RETIRED) -> None:
+        """Begin to mirror, now that it is known where training goes on: what is there above that step is abandoned,
+        and set aside under this label."""
 
     def committed(self, global_step: int) -> None:
         """A checkpoint has been committed to the disk. Called by the thread that writes; returns at once."""
@@ -151,6 +156,7 @@ class BucketMirror(Mirror):
         self._flushed = threading.Event()
         self._closing = threading.Event()
         self._news = threading.Event()
+        self._hurry = threading.Event()  # do not sit out a pause
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def open(self) -> None:
@@ -202,7 +208,18 @@ class BucketMirror(Mirror):
         log.info("fetched %s", url)
         return folder
 
-    def begin(self, above: int) -> None:
+    def retired(self) -> list[int]:
+        """Steps that an earlier life abandoned on purpose.
+
+        Raises:
+            CheckpointError: the bucket cannot be asked.
+        """
+        try:
+            return self._remote.were_set_aside(RETIRED)
+        except StoreError as error:
+            raise CheckpointError(f"{error}; mend it and run the same command again") from error
+
+    def begin(self, above: int, label: str = RETIRED) -> None:
         """Sweep what a killed life left half-done, set aside what has been abandoned, and start the thread.
 
         Raises:
@@ -211,8 +228,8 @@ class BucketMirror(Mirror):
         try:
             for step in sorted(self.steps):
                 if step > above:
-                    log.warning("%s is retired: it no longer counts", self._remote.url(step))
-                    self._remote.set_aside(step, RETIRED)
+                    log.warning("%s no longer counts: its manifest is renamed ….%s", self._remote.url(step), label)
+                    self._remote.set_aside(step, label)
             self._sweep()
             self._files.fetch_history()
         except (StoreError, OSError) as error:
@@ -259,6 +276,7 @@ class BucketMirror(Mirror):
             self._wanted |= replace(self._policy, keep=1).to_keep([self._saved(step) for step in self._local()])
         self._flushing.set()
         self._news.set()
+        self._hurry.set()
         deadline = time.monotonic() + self._flush_timeout
         total = self._bytes_waiting()
         with _bar(f"mirroring to {self.url}", total) as bar:
@@ -280,13 +298,14 @@ class BucketMirror(Mirror):
         """End the threads, also amid an upload, and release the lease."""
         self._closing.set()
         self._news.set()
+        self._hurry.set()
         if not self._flushed.is_set():
             self._bucket.cancel()
         if self._thread.is_alive():
             self._thread.join()
-            if self._flushed.is_set() and not self._lease.lost:
-                with suppress(StoreError):  # the log's last lines
-                    self._files.upload_changed()
+            if self._flushed.is_set():
+                with suppress(StoreError, OSError):  # the log's last lines
+                    self._upload_files()
         self._lease.release()
 
     def _sweep(self) -> None:
@@ -307,6 +326,7 @@ class BucketMirror(Mirror):
             flushing = self._flushing.is_set()
             try:
                 busy = self._turn(flushing)
+                self._lag = self._measure_lag()
             except Exception as error:
                 if self._closing.is_set():
                     return
@@ -314,12 +334,12 @@ class BucketMirror(Mirror):
                     log.exception("the mirror tripped; it goes on")
                 self._say_trouble(error)
                 longest = _PAUSE_AT_THE_END if self._flushing.is_set() else _PAUSES[1]
-                self._closing.wait(min(pause, longest) * self._jitter.uniform(0.5, 1.0))
+                self._hurry.wait(min(pause, longest) * self._jitter.uniform(0.5, 1.0))
+                self._hurry.clear()
                 pause *= 2
                 continue
             pause = _PAUSES[0]
             self._say_recovered()
-            self._lag = self._measure_lag()
             if not busy:
                 if flushing:
                     self._flushed.set()
@@ -332,8 +352,7 @@ class BucketMirror(Mirror):
             self._upload(step)
             self._rotate()
         if (flushing and step is None) or time.monotonic() - self._files_at >= _FILES_EVERY:
-            self._lease.confirm()
-            self._files.upload_changed()
+            self._upload_files()
             self._files_at = time.monotonic()
         return step is not None
 
@@ -365,7 +384,8 @@ class BucketMirror(Mirror):
             try:
                 manifest = read_manifest(path / MANIFEST_NAME)
                 self._arrived = 0
-                self._remote.upload(path, manifest, self._before_commit, self._count)
+                # Log and curves go first: after the loss of this disk none of what led to the checkpoint is missing.
+                self._remote.upload(path, manifest, self._lease.confirm, self._upload_files, self._count)
             except (Damaged, CorruptCheckpoint, CheckpointError) as error:
                 log.error("%s is damaged and is not mirrored: %s", path, error)
                 with self._lock:
@@ -377,10 +397,9 @@ class BucketMirror(Mirror):
             self._mirrored[step] = manifest
         self._newest = max(self._newest, step)
 
-    def _before_commit(self) -> None:
-        # Log and curves first: after the loss of this disk none of what led to the checkpoint is missing.
-        self._files.upload_changed()
+    def _upload_files(self) -> None:
         self._lease.confirm()
+        self._files.upload_changed()
 
     def _rotate(self) -> None:
         """Delete from the bucket what it no longer keeps; called after a newer one has been verified there."""

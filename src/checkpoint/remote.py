@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _MANIFEST_KEY = re.compile(rf"(step_\d{{8,}})/{re.escape(MANIFEST_NAME)}")
 _THREADS = 16  # manifests read at once
+_DOWNLOADS = 3  # tries, if what arrives is damaged
 
 Connect = Callable[[str], Bucket]
 """A client for a bucket of this name."""
@@ -52,6 +53,13 @@ class RemoteCatalog:
                 found.add(step)
         return sorted(found)
 
+    def were_set_aside(self, label: str) -> list[int]:
+        """What `set_aside` took out earlier under this label, and that has not been replaced."""
+        pattern = re.compile(rf"(step_\d{{8,}})/{re.escape(MANIFEST_NAME)}\.{label}")
+        names = (key.removeprefix(f"{self.prefix}/") for key, _ in self.bucket.keys(f"{self.prefix}/step_"))
+        found = {step_of(Path(match[1])) for name in names if (match := pattern.fullmatch(name))}
+        return sorted({step for step in found if step is not None} - set(self.steps()))
+
     def manifest(self, global_step: int) -> Manifest:
         """Read a manifest.
 
@@ -74,12 +82,19 @@ class RemoteCatalog:
             return dict(zip(steps, threads.map(read, steps), strict=True))
 
     def upload(
-        self, path: Path, manifest: Manifest, before_commit: Callable[[], None], progress: Progress = ignore
+        self,
+        path: Path,
+        manifest: Manifest,
+        confirm: Callable[[], None],
+        before_commit: Callable[[], None] = lambda: None,
+        progress: Progress = ignore,
     ) -> None:
         """Upload a committed checkpoint; what has arrived already, before a kill say, is not sent again.
 
         Args:
-            before_commit: Called just before it becomes visible; if it raises, it does not.
+            confirm: Called before anything changes that another machine could have written; raises if this one may
+                not write there any more.
+            before_commit: Called before it becomes visible.
 
         Raises:
             Damaged: a file is not what was saved.
@@ -92,17 +107,19 @@ class RemoteCatalog:
             if there is not None and (there.size, there.crc) == (entry.size, crc):
                 progress(entry.size)
             else:
-                upload(self.bucket, path / name, key, entry.size, crc, progress)
+                upload(self.bucket, path / name, key, entry.size, crc, progress, confirm)
         before_commit()
+        confirm()
+        key, text = self._key(manifest.global_step, MANIFEST_NAME), (path / MANIFEST_NAME).read_bytes()
         try:
-            self.bucket.put(
-                self._key(manifest.global_step, MANIFEST_NAME), (path / MANIFEST_NAME).read_bytes(), if_absent=True
-            )
+            self.bucket.put(key, text, if_absent=True)
         except Conflict:
-            # Saved in an earlier life of the run too, or an answer was lost. Two that differ are both the state of
-            # this step; a committed one is never overwritten.
-            if self.manifest(manifest.global_step).files != manifest.files:
-                log.warning("%s is there already, from an earlier life of this run", self.url(manifest.global_step))
+            # From an earlier life of the run that knew nothing of this one, or an answer was lost. The files are ours
+            # now, so the manifest has to be.
+            there_already = self.bucket.get(key)
+            if there_already.body != text:
+                log.warning("%s was there already, from an earlier life of this run; replaced", self.bucket.url(key))
+                self.bucket.put(key, text, if_match=there_already.etag)
 
     def fetch(self, global_step: int, folder: Path, progress: Progress = ignore) -> None:
         """Download a checkpoint into `folder`, and verify it; the manifest is written last.
@@ -118,14 +135,19 @@ class RemoteCatalog:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, entry in manifest.files.items():
-            key = self._key(global_step, name)
+            key, crc = self._key(global_step, name), crc_in(entry.checksum)
             there = self.bucket.stat(key)
-            if there is None or there.size != entry.size:
+            if there is None or there.size != entry.size or there.crc not in (None, crc):
                 found = f"{there.size} bytes" if there else "nothing"
-                raise CorruptCheckpoint(f"{name}: {found} in the bucket, the manifest says {entry.size} bytes")
-            found = format_checksum(download(self.bucket, key, entry.size, folder / name, progress))
-            if found != entry.checksum:
-                raise CorruptCheckpoint(f"{name} has checksum {found}, the manifest says {entry.checksum}")
+                raise CorruptCheckpoint(f"{name} is not what was saved: {found} in the bucket, {entry.size} bytes then")
+            for _ in range(_DOWNLOADS):
+                if download(self.bucket, key, entry.size, folder / name, progress) == crc:
+                    break
+                log.warning("%s arrived damaged", self.bucket.url(key))
+            else:
+                if there.crc == crc:  # it is good there
+                    raise StoreError(f"{self.bucket.url(key)} arrived damaged {_DOWNLOADS} times")
+                raise CorruptCheckpoint(f"{name} has another checksum than the manifest says")
         write_durably(folder / MANIFEST_NAME, text.decode("utf-8"))
         fsync_directory(folder)
 

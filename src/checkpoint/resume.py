@@ -101,8 +101,13 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
                     reasons.append(f"step {step} in {mirror.url}: {error}")
                 else:
                     _set_aside(catalog, damaged)
+                    damaged.clear()
                     path = catalog.adopt(fetched)
-                    return (path, *load_checkpoint(path))
+                    try:
+                        return (path, *load_checkpoint(path))
+                    except CorruptCheckpoint as error:  # it was saved like that
+                        damaged[path] = str(error)
+                        reasons.append(f"{path.name}: {error}")
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror or error}). Mend the disk and run the same command again; if "
@@ -110,6 +115,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
             ) from error
     for label in (CORRUPT, RETIRED):
         reasons += [f"{path.name}: set aside earlier" for path in catalog.were_set_aside(label)]
+    reasons += [f"step {step} in {mirror.url}: retired earlier" for step in mirror.retired()]
     if reasons:
         raise CheckpointError(
             f"{catalog.directory} holds checkpoints, but none can be read ({'; '.join(reasons)}). Training does not "

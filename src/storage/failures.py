@@ -27,6 +27,8 @@ class StoreError(Exception):
 
     passing = True
     """Whether the same request may well succeed a little later."""
+    code = ""
+    """The store's own name for it."""
 
 
 class Refused(StoreError):
@@ -36,7 +38,7 @@ class Refused(StoreError):
 
 
 class NotThere(Refused):
-    """There is no such object, or no such bucket."""
+    """There is no such object."""
 
 
 class Conflict(Refused):
@@ -67,7 +69,7 @@ _REFUSALS = {
     "301": _REGION,
     "InvalidStorageClass": "the store has no such storage class; correct storage.storage_class",
 }
-_NOT_THERE = {"NoSuchBucket", "NoSuchKey", "NoSuchUpload", "404", "NotFound"}
+_NOT_THERE = {"NoSuchKey", "NoSuchUpload", "404", "NotFound"}
 _CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 # What boto3 lets through as it is. Not OSError in general: a disk that is full is another matter.
 _NETWORK = (urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError)
@@ -97,12 +99,12 @@ def _of_response(where: str, error: ClientError) -> StoreError:
     answer = f"{code}: {message}" if message and message != code else code
     remedy = _REFUSALS.get(code)
     text = f"{where}: {remedy} (it says {answer})" if remedy else f"{where}: the store says {answer}"
-    if code in _NOT_THERE:
-        return NotThere(text)
-    if code in _CONFLICTS:
-        return Conflict(text)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return StoreError(text) if code in _PASSING or not 400 <= status < 500 else Refused(text)
+    passing = code in _PASSING or not 400 <= status < 500
+    kind = NotThere if code in _NOT_THERE else Conflict if code in _CONFLICTS else StoreError if passing else Refused
+    translated_error = kind(text)
+    translated_error.code = code
+    return translated_error
 
 
 def _of_connection(where: str, error: Exception) -> StoreError:

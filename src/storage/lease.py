@@ -139,7 +139,7 @@ class Lease:
         while not self._released.wait(self._seconds / 3) and not self.lost:
             try:
                 self._renew()
-            except StoreError as error:  # the mirror is loud enough about an outage
+            except Exception as error:  # the mirror is loud enough about an outage
                 log.debug("the lease could not be renewed: %s", error)
 
     def _renew(self) -> None:
@@ -152,8 +152,8 @@ class Lease:
             except NotThere:
                 seen = None
             if seen is not None and seen.nonce == self._nonce:
-                # An earlier renewal arrived, only its answer did not.
-                self._etag, self._renewed_at = seen.etag, time.monotonic()
+                # An earlier renewal arrived, only its answer did not. That may be long ago.
+                self._write(if_match=seen.etag)
                 return
             self.lost = True
             log.error(

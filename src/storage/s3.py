@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ from src.storage.failures import Conflict, StoreError
 from src.storage.local import LocalStorage
 
 _MB = 1e6
+_OTHER_ETAG = f'"{"0" * 32}"'
 
 
 class S3Storage(LocalStorage):
@@ -82,7 +84,9 @@ class S3Storage(LocalStorage):
         if max_mb_per_second is not None:
             require_number("storage.max_mb_per_second", max_mb_per_second, "megabytes per second; or null", above=0)
         require_number("storage.flush_timeout", flush_timeout, "seconds to wait at the end of a run", at_least=0)
-        require_number("storage.lease_seconds", lease_seconds, "seconds without a sign of life", at_least=3)
+        require_number(
+            "storage.lease_seconds", lease_seconds, "seconds without a sign of life", at_least=3, below=86_400
+        )
         self.bucket = bucket
         self.prefix = prefix
         self.every = every
@@ -114,24 +118,23 @@ class S3Storage(LocalStorage):
         Raises:
             ConfigError: it cannot, and why; or the disk is not fit.
         """
-        super().preflight(directory, checkpoint_bytes, copies)
+        super().preflight(directory, checkpoint_bytes, copies + 1)  # rotation leaves alone what is being uploaded
         key, body = self.key(f".probe-{uuid.uuid4().hex}"), b"Is this place fit to hold checkpoints?"
         try:
             bucket = self.connect(read_timeout=8, tries=1)
             next(bucket.keys(key), None)
-            bucket.put(key, body, if_absent=True)
+            written = bucket.put(key, body, if_absent=True)
             try:
                 if bucket.get(key).body != body:
                     raise StoreError(f"{bucket.url(key)}: what was read is not what was written")
-                try:
-                    bucket.put(key, body, if_absent=True)
-                except Conflict:
-                    pass
-                else:
-                    raise StoreError(
-                        f"{bucket.url(key)}: the store overwrites what it was told not to (If-None-Match), so two "
-                        "machines could not be kept apart; use a newer version of it, or another store"
-                    )
+                bucket.put(key, body, if_match=written)
+                for condition in ({"if_absent": True}, {"if_match": _OTHER_ETAG}):
+                    with suppress(Conflict):
+                        bucket.put(key, body, **condition)
+                        raise StoreError(
+                            f"{bucket.url(key)}: the store overwrites what it was told not to (If-None-Match, "
+                            "If-Match), so two machines could not be kept apart; use a newer version of it, or another"
+                        )
             finally:
                 bucket.delete(key)
         except StoreError as error:

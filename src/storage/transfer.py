@@ -35,12 +35,19 @@ def ignore(nbytes: int) -> None:
 
 
 def upload(
-    bucket: Bucket, path: Path, key: str, size: int, crc: int | None = None, progress: Progress = ignore
+    bucket: Bucket,
+    path: Path,
+    key: str,
+    size: int,
+    crc: int | None = None,
+    progress: Progress = ignore,
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Upload the first `size` bytes of a file, and make sure that they have arrived.
 
     Args:
         crc: Of the bytes as they were written; None if there is no telling (a log that grows).
+        confirm: Called just before the object becomes what is uploaded; if it raises, it does not.
 
     Raises:
         Damaged: the file is not any more what was written.
@@ -50,10 +57,10 @@ def upload(
     part = max(_PART, -(-size // (_MOST_PARTS * _MIB)) * _MIB)
     with path.open("rb", buffering=0) as file:
         if size <= part:
-            sent = _upload_whole(bucket, file.fileno(), key, size, crc)
+            sent = _upload_whole(bucket, file.fileno(), key, size, crc, confirm)
             progress(size)
         else:
-            sent = _upload_parts(bucket, file.fileno(), key, size, part, crc, progress)
+            sent = _upload_parts(bucket, file.fileno(), key, size, part, crc, progress, confirm)
     # An upload without an error is not yet one without a fault.
     if (found := look(bucket, key)) != (size, sent):
         raise StoreError(f"{bucket.url(key)}: what is there is not what was sent ({_describe(found)})")
@@ -98,17 +105,27 @@ def abort_uploads(bucket: Bucket, prefix: str) -> int:
     return len(uploads)
 
 
-def _upload_whole(bucket: Bucket, descriptor: int, key: str, size: int, crc: int | None) -> int:
+def _upload_whole(
+    bucket: Bucket, descriptor: int, key: str, size: int, crc: int | None, confirm: Callable[[], None]
+) -> int:
     body = os.pread(descriptor, size, 0)
     found = _checksum(body, size, key)
     _compare(found, crc, key)
     bucket.pace(size)
+    confirm()
     bucket.ask("put_object", key, Body=body, ChecksumCRC64NVME=encode_crc(found), **bucket.write_options)
     return found
 
 
 def _upload_parts(
-    bucket: Bucket, descriptor: int, key: str, size: int, part: int, crc: int | None, progress: Progress
+    bucket: Bucket,
+    descriptor: int,
+    key: str,
+    size: int,
+    part: int,
+    crc: int | None,
+    progress: Progress,
+    confirm: Callable[[], None],
 ) -> int:
     checksums = {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "FULL_OBJECT"}
     upload_id = bucket.ask("create_multipart_upload", key, **checksums, **bucket.write_options)["UploadId"]
@@ -139,6 +156,7 @@ def _upload_parts(
                 whole = combine_crc64nvme(whole, found, length)
                 parts.append(sent)
         _compare(whole, crc, key)
+        confirm()
         bucket.ask(
             "complete_multipart_upload",
             key,
