@@ -177,11 +177,12 @@ def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(store: Store, credentials: None) -> str:
+def bucket(store: Store, credentials: None) -> Iterator[str]:
     """A new bucket on the server."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     store.client().create_bucket(Bucket=name)
-    return name
+    yield name
+    store.remove(name)
 
 
 @pytest.fixture

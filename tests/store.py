@@ -62,6 +62,7 @@ class Store:
             "-webdav=false",
             "-s3.autoCreateBucket=false",
             f"-s3.config={directory / 's3.json'}",
+            "-volume.max=1000",  # each bucket takes several, however little is in it
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             *(f"-{name}={port}" for name, port in ports.items()),
@@ -104,6 +105,13 @@ class Store:
             region_name="us-east-1",
             config=Config(connect_timeout=2, read_timeout=20, retries={"total_max_attempts": 2}),
         )
+
+    def remove(self, bucket: str) -> None:
+        """Delete a bucket with all that is in it: each takes up a share of what the server can hold."""
+        client = self.client()
+        while found := client.list_objects_v2(Bucket=bucket).get("Contents", []):
+            client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in found]})
+        client.delete_bucket(Bucket=bucket)
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
