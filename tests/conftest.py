@@ -42,6 +42,9 @@ TINY_DATA = (
 )
 TINY = (*TINY_DATA, "model=small_cnn", "model.width=8")
 """A run of a few seconds that has all that exact resume must get right: BatchNorm, dropout, momentum, a schedule."""
+LONG = (*TINY, "trainer.epochs=8", "checkpoint.every=3", "checkpoint.keep=2", "checkpoint.retry_after=0.1")
+LAST = "step_00000104"
+"""Its last checkpoint."""
 
 
 @dataclass
@@ -116,6 +119,14 @@ def training(tmp_path: Path) -> Iterator[Training]:
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a `LONG` run that was left alone."""
+    training = Training(tmp_path_factory.mktemp("uninterrupted"), [])
+    assert training.finish(training.start(*LONG)).status == 0
+    return training.run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from src import schedules
+from src import background, schedules
 from src.checkpoint import saver, writer
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checkpointer import Checkpointer, SaveReport
@@ -289,7 +289,7 @@ def test_the_end_waits_with_a_progress_bar(
             shown.append(("update", self.n))
             slow_disk.free.set()
 
-    monkeypatch.setattr(saver, "tqdm", Bar)
+    monkeypatch.setattr(background, "tqdm", Bar)
     state = new_state()
     checkpointer = make(EverySteps(every=1), state)
     train_step(state, checkpointer)

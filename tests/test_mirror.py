@@ -25,10 +25,10 @@ from src.checkpoint.writer import write_checkpoint
 from src.storage.bucket import Bucket
 from src.storage.failures import Refused
 from src.storage.s3 import S3Storage
-from tests.conftest import TINY, Result, Training
+from tests.conftest import LAST, LONG, TINY, Result, Training
 from tests.store import SECRET, Network, Store, error_answer
-from tests.test_resume import differences
-from tests.test_training import LAST, LONG, curves, final_state
+from tests.test_resume import differences, state
+from tests.test_training import curves, final_state
 
 Train = Callable[..., Result]
 Fault = Callable[[Network], None]
@@ -87,10 +87,7 @@ def test_the_machine_is_gone_and_the_same_command_goes_on_with_the_same_bits(
     assert result.status == 0, result.output
     assert f"fetched s3://{bucket}/{ROOT}/checkpoints/step_00000013" in result.output
     assert "step 13, epoch 1" in result.output
-    end = [
-        torch.load(f"outputs/{run}/checkpoints/step_00000039/state.pt", weights_only=True) for run in ("whole", "tiny")
-    ]
-    assert differences(*end) == []
+    assert differences(state(39), state(39, Path("outputs/whole"))) == []
     assert curves(RUN) == curves(Path("outputs/whole"))
     assert (RUN / "train.log").read_text().startswith(log)
 
@@ -228,10 +225,7 @@ def test_a_damaged_checkpoint_in_the_bucket_is_skipped_and_the_one_before_is_use
     assert result.status == 0, result.output
     assert f"damaged checkpoint of step 13 in s3://{bucket}/{ROOT}" in result.output
     assert "step 10, epoch 0" in result.output
-    end = [
-        torch.load(f"outputs/{run}/checkpoints/step_00000026/state.pt", weights_only=True) for run in ("whole", "tiny")
-    ]
-    assert differences(*end) == []
+    assert differences(state(26), state(26, Path("outputs/whole"))) == []
     assert steps_here() == [10, 13, 15, 20, 25, 26]
     assert steps_there(store, bucket) == [5, *steps_here()]
 
@@ -387,13 +381,6 @@ def test_killed_at_any_moment_of_an_upload_or_a_download_nothing_is_lost(
     assert store.client().list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    training = Training(tmp_path_factory.mktemp("uninterrupted"), [])
-    assert training.finish(training.start(*LONG)).status == 0
-    yield training.run
-
-
 # --- outages ---
 
 
@@ -445,6 +432,17 @@ def corrupting(network: Network) -> None:
     network.corrupt_uploads = 10
 
 
+def once_begun(patch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Let something happen as soon as a mirror has begun its work."""
+    begin = BucketMirror.begin
+
+    def begin_and(self: BucketMirror, above: int, label: str) -> None:
+        begin(self, above, label)
+        happens()
+
+    patch.setattr(BucketMirror, "begin", begin_and)
+
+
 @pytest.mark.parametrize("fault", [drop, busy, no_rights, slow, corrupting])
 def test_whatever_the_network_does_training_ends_and_all_is_there(
     train: Train,
@@ -454,10 +452,7 @@ def test_whatever_the_network_does_training_ends_and_all_is_there(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[..., None],
 ) -> None:
-    begin = BucketMirror.begin
-
-    def begin_and_fail(self: BucketMirror, above: int, label: str) -> None:
-        begin(self, above, label)
+    def fail_for_a_while() -> None:
         fault(network)
 
         def recover() -> None:
@@ -465,7 +460,7 @@ def test_whatever_the_network_does_training_ends_and_all_is_there(
 
         threading.Timer(3, recover).start()
 
-    monkeypatch.setattr(BucketMirror, "begin", begin_and_fail)
+    once_begun(monkeypatch, fail_for_a_while)
     monkeypatch.setattr(mirror_module, "_PAUSES", (0.1, 1.0))
     result = train(*TINY, *on_s3(network, bucket), "trainer.epochs=2", "checkpoint.every=5", "storage.lease_seconds=60")
     assert result.status == 0, result.output
@@ -475,14 +470,8 @@ def test_whatever_the_network_does_training_ends_and_all_is_there(
 def test_an_outage_at_the_end_is_waited_for_only_so_long_and_the_exit_status_tells(
     train: Train, store: Store, network: Network, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = BucketMirror.begin
-
-    def begin_and_fail(self: BucketMirror, above: int, label: str) -> None:
-        begin(self, above, label)
-        drop(network)
-
     with monkeypatch.context() as patch:
-        patch.setattr(BucketMirror, "begin", begin_and_fail)
+        once_begun(patch, lambda: drop(network))
         options = (*TINY, "trainer.epochs=1", "checkpoint.every=5", "storage.flush_timeout=1")
         result = train(*options, *on_s3(network, bucket, "storage.lease_seconds=60"))
     assert result.status == 4, result.output
@@ -717,10 +706,7 @@ def test_uploads_of_the_mirror_are_no_part_of_trainings_random_numbers(
     threading.Timer(1, lambda: setattr(network, "answer", None)).start()
     monkeypatch.setattr(S3Storage, "preflight", lambda *arguments: None)
     assert train(*options, *on_s3(network, bucket)).status == 0
-    end = [
-        torch.load(f"outputs/{run}/checkpoints/step_00000013/state.pt", weights_only=True) for run in ("plain", "tiny")
-    ]
-    assert differences(*end) == []
+    assert differences(state(13), state(13, Path("outputs/plain"))) == []
 
 
 # --- the command line ---

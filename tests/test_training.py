@@ -14,12 +14,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import TINY, Result, Training
+from tests.conftest import LAST, LONG, TINY, Result, Training
 from tests.test_catalog import DAMAGE
 from tests.test_resume import differences
-
-LONG = (*TINY, "trainer.epochs=8", "checkpoint.every=3", "checkpoint.keep=2", "checkpoint.retry_after=0.1")
-LAST = "step_00000104"
 
 
 def final_state(run: Path) -> dict[str, Any]:
@@ -44,13 +41,6 @@ def newest_step(checkpoints: Path) -> int:
 
 def saving(checkpoints: Path) -> bool:
     return any(checkpoints.glob(".tmp_step_*"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    training = Training(tmp_path_factory.mktemp("uninterrupted"), [])
-    assert training.finish(training.start(*LONG)).status == 0
-    yield training.run
 
 
 @pytest.mark.parametrize(("workers", "lives"), [(0, 5), (2, 3)])

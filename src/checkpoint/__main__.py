@@ -11,11 +11,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
-from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name, step_of, verify
+from src.background import byte_bar
+from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.export import export
-from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
+from src.checkpoint.manifest import CorruptCheckpoint, Manifest
 from src.checkpoint.remote import Connect, RemoteCatalog, at_hand, catalogs_at, is_url
 from src.checkpoint.run_files import RunFiles
 from src.errors import CheckpointError, ConfigError, HoldfastError
@@ -87,7 +87,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _list(options: argparse.Namespace) -> int:
-    local, remote = _places(options)
+    local, remote, _ = _places(options)
     here: Found = _manifests(local)
     there: Found = {}
     try:
@@ -100,14 +100,14 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    local, remote = _places(options)
+    local, remote, _ = _places(options)
     here: Found = {}
     there: Found = {}
-    for path in local.paths() if local else ():
+    for step, path in local.by_step().items() if local else ():
         try:
-            here[step_of(path) or 0] = verify(path)
+            here[step] = verify(path)
         except CorruptCheckpoint as error:
-            here[step_of(path) or 0] = error
+            here[step] = error
     for step in remote.steps() if remote else ():
         try:
             there[step] = remote.verify(step)  # type: ignore[union-attr]
@@ -117,7 +117,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    _, remote = _places(options)
+    _, remote, wanted = _places(options)
     if remote is None:
         raise ConfigError("pull", options.place, "is a run without a mirror; name an s3:// URL")
     root = remote.prefix.removesuffix("/checkpoints")
@@ -125,16 +125,15 @@ def _pull(options: argparse.Namespace) -> int:
         Path("outputs") / root.rpartition("/")[2] if is_url(options.place) else Path(options.place)
     )
     catalog = Catalog(target / "checkpoints")
-    here = {step_of(path) for path in catalog.paths()}
-    wanted = catalogs_at(options.place, _connect(options))[1] if is_url(options.place) else None
+    here = catalog.by_step()
     pulled = 0
     for step in reversed(remote.steps()):
         if wanted not in (None, step):
             continue
         if step not in here:
-            folder = catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(step))
+            folder = catalog.temporary(step)
             try:
-                with tqdm(desc=f"step {step}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+                with byte_bar(f"step {step}") as bar:
                     remote.fetch(step, folder, bar.update)
             except CorruptCheckpoint as error:
                 print(f"skipped damaged checkpoint {remote.url(step)}: {error}", file=sys.stderr)
@@ -164,13 +163,14 @@ def _connect(options: argparse.Namespace) -> Connect:
     return partial(Bucket, endpoint_url=options.endpoint_url, region=options.region, profile=options.profile)
 
 
-def _places(options: argparse.Namespace) -> tuple[Catalog | None, RemoteCatalog | None]:
-    """Where the checkpoints of a run are: on the disk, and in a bucket."""
+def _places(options: argparse.Namespace) -> tuple[Catalog | None, RemoteCatalog | None, int | None]:
+    """Where the checkpoints of a run are: on the disk, and in a bucket; and which one is meant, if a URL names one."""
     if is_url(options.place):
-        places, _ = catalogs_at(options.place, _connect(options))
-        return None, next((place for place in places if place.steps()), places[0])
+        places, wanted = catalogs_at(options.place, _connect(options))
+        return None, next((place for place in places if place.steps()), places[0]), wanted
     directory = Path(options.place)
-    return Catalog(directory / "checkpoints"), None if getattr(options, "local", False) else _mirror_of(directory)
+    remote = None if getattr(options, "local", False) else _mirror_of(directory)
+    return Catalog(directory / "checkpoints"), remote, None
 
 
 def _mirror_of(directory: Path) -> RemoteCatalog | None:
@@ -190,11 +190,11 @@ def _mirror_of(directory: Path) -> RemoteCatalog | None:
 
 def _manifests(catalog: Catalog | None) -> Found:
     found: Found = {}
-    for path in catalog.paths() if catalog else ():
+    for step, path in catalog.by_step().items() if catalog else ():
         try:
-            found[step_of(path) or 0] = read_manifest(path / MANIFEST_NAME)
+            found[step] = catalog.manifest(path)  # type: ignore[union-attr]
         except (CorruptCheckpoint, CheckpointError) as error:
-            found[step_of(path) or 0] = error
+            found[step] = error
     return found
 
 
@@ -221,9 +221,8 @@ def _report(place: str, here: Found, there: Found, looked: Sequence[str]) -> int
 
 
 def _cells(manifest: Manifest) -> list[str]:
-    size = sum(entry.size for entry in manifest.files.values())
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in manifest.metrics.items() if value is not None)
-    return [str(manifest.epoch), f"{size / 1e6:.1f} MB", _age(manifest.created), metrics]
+    return [str(manifest.epoch), f"{manifest.nbytes / 1e6:.1f} MB", _age(manifest.created), metrics]
 
 
 def _age(created: str) -> str:

@@ -63,22 +63,41 @@ class Catalog:
         self._held: set[Path] = set()
         self._lock = threading.Lock()
 
-    def paths(self) -> list[Path]:
+    def by_step(self) -> dict[int, Path]:
         """The folders of all checkpoints, damaged ones too, oldest step first."""
         if not self.directory.is_dir():
-            return []
+            return {}
         steps = ((step, path) for path in self.directory.iterdir() if (step := step_of(path)) is not None)
-        return [path for _, path in sorted(steps)]
+        return dict(sorted(steps))
+
+    def paths(self) -> list[Path]:
+        """The same without the steps."""
+        return list(self.by_step().values())
+
+    def temporary(self, global_step: int) -> Path:
+        """Where a checkpoint is put together before it is one."""
+        return self.directory / (TEMPORARY_PREFIX + checkpoint_name(global_step))
 
     def readable(self) -> list[tuple[Path, Manifest]]:
         """The checkpoints that have a readable manifest, oldest step first. Their files are not verified."""
         found = []
         for path in self.paths():
             try:
-                found.append((path, self._manifest(path)))
+                found.append((path, self.manifest(path)))
             except CorruptCheckpoint:
                 continue
         return found
+
+    def manifest(self, path: Path) -> Manifest:
+        """The manifest of a checkpoint. It never changes, so it is read once: rotation stays cheap over a long run.
+
+        Raises:
+            CorruptCheckpoint: it is missing or no good.
+            OSError: the disk cannot be read just now.
+        """
+        if path not in self._manifests:
+            self._manifests[path] = read_manifest(path / MANIFEST_NAME)
+        return self._manifests[path]
 
     def set_aside(self, path: Path, label: str) -> Path:
         """Rename a checkpoint so that it no longer counts, and keep it. Returns where it is now."""
@@ -99,8 +118,8 @@ class Catalog:
 
         Without this, an abandoned future would be the newest checkpoint at the next resume.
         """
-        for path in self.paths():
-            if (step_of(path) or 0) > global_step:
+        for step, path in self.by_step().items():
+            if step > global_step:
                 log.warning("%s is retired: renamed to %s", path, self.set_aside(path, RETIRED).name)
 
     def rotate(self, policy: CheckpointPolicy) -> None:
@@ -147,12 +166,6 @@ class Catalog:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
-
-    def _manifest(self, path: Path) -> Manifest:
-        # A committed manifest never changes, so it is read once: rotation stays cheap over a long run.
-        if path not in self._manifests:
-            self._manifests[path] = read_manifest(path / MANIFEST_NAME)
-        return self._manifests[path]
 
     def _delete(self, path: Path) -> None:
         # Renamed first: a kill half-way through never leaves half a checkpoint under a real name.

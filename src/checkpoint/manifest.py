@@ -64,6 +64,11 @@ class Manifest:
     """ISO 8601, UTC. Informative only: order is by `global_step`."""
     format: int = FORMAT
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files together."""
+        return sum(entry.size for entry in self.files.values())
+
     def to_json(self) -> str:
         """Strict JSON: a number that is not finite becomes null."""
         return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"

@@ -12,11 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from src.background import yield_to_training
-from src.checkpoint.catalog import RETIRED, TEMPORARY_PREFIX, Catalog, checkpoint_name, step_of
-from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
+from src.background import byte_bar, yield_to_training
+from src.checkpoint.catalog import RETIRED, Catalog, checkpoint_name
+from src.checkpoint.manifest import CorruptCheckpoint, Manifest
 from src.checkpoint.policy import CheckpointPolicy, Saved
 from src.checkpoint.remote import Connect, RemoteCatalog
 from src.checkpoint.run_files import RunFiles
@@ -182,12 +180,8 @@ class BucketMirror(Mirror):
             CheckpointError: the bucket cannot be asked.
         """
         for step in sorted(self.steps, reverse=True):
-            try:
+            with suppress(CorruptCheckpoint), _or_no_training():
                 return self._remote.manifest(step)
-            except CorruptCheckpoint:
-                continue
-            except StoreError as error:
-                raise CheckpointError(f"{error}; mend it and run the same command again") from error
         return None
 
     def fetch(self, global_step: int) -> Path:
@@ -197,11 +191,11 @@ class BucketMirror(Mirror):
             CorruptCheckpoint: it is damaged or not all there.
             CheckpointError: the bucket or the disk refused.
         """
-        folder = self._catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(global_step))
+        folder = self._catalog.temporary(global_step)
         url = self._remote.url(global_step)
         try:
-            size = sum(entry.size for entry in self._remote.manifest(global_step).files.values())
-            with _bar(f"fetching {url}", size) as bar:
+            size = self._remote.manifest(global_step).nbytes
+            with byte_bar(f"fetching {url}", size) as bar:
                 self._remote.fetch(global_step, folder, bar.update)
         except (StoreError, OSError) as error:
             raise CheckpointError(f"{url}: {error}; mend it and run the same command again") from error
@@ -214,10 +208,8 @@ class BucketMirror(Mirror):
         Raises:
             CheckpointError: the bucket cannot be asked.
         """
-        try:
+        with _or_no_training():
             return self._remote.were_set_aside(RETIRED)
-        except StoreError as error:
-            raise CheckpointError(f"{error}; mend it and run the same command again") from error
 
     def begin(self, above: int, label: str = RETIRED) -> None:
         """Sweep what a killed life left half-done, set aside what has been abandoned, and start the thread.
@@ -225,18 +217,16 @@ class BucketMirror(Mirror):
         Raises:
             CheckpointError: the bucket refused.
         """
-        try:
+        with _or_no_training():
             for step in sorted(self.steps):
                 if step > above:
                     log.warning("%s no longer counts: its manifest is renamed ….%s", self._remote.url(step), label)
                     self._remote.set_aside(step, label)
             self._sweep()
             self._files.fetch_history()
-        except (StoreError, OSError) as error:
-            raise CheckpointError(f"{error}; mend it and run the same command again") from error
         self._mirrored = {step: None for step in self.steps if step <= above}
         self._newest = max(self._mirrored, default=0)
-        local = self._local()
+        local = list(self._catalog.by_step())
         self._wanted = set(local if self._every == 1 else local[-1:])
         self._lag = self._measure_lag()
         log.info("mirroring to %s", self.url)
@@ -273,13 +263,15 @@ class BucketMirror(Mirror):
         if not self._thread.is_alive() or self._flushing.is_set():
             return
         with self._lock:  # the last and the best, whatever their turn
-            self._wanted |= replace(self._policy, keep=1).to_keep([self._saved(step) for step in self._local()])
+            self._wanted |= replace(self._policy, keep=1).to_keep(
+                [self._saved(step) for step in self._catalog.by_step()]
+            )
         self._flushing.set()
         self._news.set()
         self._hurry.set()
         deadline = time.monotonic() + self._flush_timeout
         total = self._bytes_waiting()
-        with _bar(f"mirroring to {self.url}", total) as bar:
+        with byte_bar(f"mirroring to {self.url}", total) as bar:
             while not self._flushed.wait(0.1) and time.monotonic() < deadline and not self._lease.lost:
                 bar.update(max(0, total - self._bytes_waiting() - bar.n))
         if not self._flushed.is_set():
@@ -311,7 +303,7 @@ class BucketMirror(Mirror):
     def _sweep(self) -> None:
         """Remove what a killed life left in the bucket: uploads and deletions that it did not finish."""
         try:
-            swept = abort_uploads(self._bucket, f"{self._root}/") + self._remote.sweep(keep=self._local())
+            swept = abort_uploads(self._bucket, f"{self._root}/") + self._remote.sweep(keep=self._catalog.by_step())
         except Refused as error:
             log.warning("what earlier lives left unfinished in %s stays there: %s", self.url, error)
         else:
@@ -356,12 +348,9 @@ class BucketMirror(Mirror):
             self._files_at = time.monotonic()
         return step is not None
 
-    def _local(self) -> list[int]:
-        return [step for path in self._catalog.paths() if (step := step_of(path)) is not None]
-
     def _waiting(self) -> list[int]:
         """What is on the disk, should be in the bucket, and is not; without what would be deleted there at once."""
-        local = self._local()
+        local = self._catalog.by_step()
         with self._lock:
             candidates = self._wanted.intersection(local) - self._mirrored.keys()
             keep = self._policy.to_keep([self._saved(step) for step in candidates | self._mirrored.keys()])
@@ -382,7 +371,7 @@ class BucketMirror(Mirror):
             if not there:
                 return
             try:
-                manifest = read_manifest(path / MANIFEST_NAME)
+                manifest = self._catalog.manifest(path)
                 self._arrived = 0
                 # Log and curves go first: after the loss of this disk none of what led to the checkpoint is missing.
                 self._remote.upload(path, manifest, self._lease.confirm, self._upload_files, self._count)
@@ -415,19 +404,21 @@ class BucketMirror(Mirror):
             with self._lock:
                 del self._mirrored[step]
 
-    def _saved(self, step: int) -> Saved:
+    def _manifest(self, step: int) -> Manifest | None:
+        """Of a checkpoint that is mirrored or on the disk; None if it is no good, or has just gone."""
         manifest = self._mirrored.get(step)
         if manifest is None:
             with suppress(CorruptCheckpoint, CheckpointError, OSError):
-                manifest = read_manifest(self._catalog.directory / checkpoint_name(step) / MANIFEST_NAME)
+                manifest = self._catalog.manifest(self._catalog.directory / checkpoint_name(step))
+        return manifest
+
+    def _saved(self, step: int) -> Saved:
+        manifest = self._manifest(step)
         return Saved(step, manifest.metrics if manifest else {})
 
     def _size(self, step: int) -> int:
-        folder = self._catalog.directory / checkpoint_name(step)
-        size = 0
-        with suppress(OSError):  # rotated away just now
-            size = sum(file.stat().st_size for file in folder.iterdir() if file.name != MANIFEST_NAME)
-        return size
+        manifest = self._manifest(step)
+        return manifest.nbytes if manifest else 0
 
     def _count(self, nbytes: int) -> None:
         self._arrived += nbytes
@@ -458,10 +449,12 @@ class BucketMirror(Mirror):
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator["tqdm[None]"]:
-    """A progress bar in bytes, from the first second on."""
-    with tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
-        yield bar
+def _or_no_training() -> Iterator[None]:
+    """Before the first step, what goes wrong with bucket or disk ends the run."""
+    try:
+        yield
+    except (StoreError, OSError) as error:
+        raise CheckpointError(f"{error}; mend it and run the same command again") from error
 
 
 def _home(directory: Path) -> str:

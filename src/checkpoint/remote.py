@@ -1,26 +1,24 @@
 """The checkpoints of one run in a bucket, under the names that they have on the disk."""
 
 import logging
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from src.checkpoint.catalog import TEMPORARY_PREFIX, checkpoint_name, step_of
-from src.checkpoint.checksum import crc_in, format_checksum
+from src.checkpoint.checksum import crc_in
 from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, parse_manifest
 from src.errors import CheckpointError, ConfigError
-from src.storage.bucket import Bucket
+from src.storage.bucket import Bucket, Stat
 from src.storage.failures import Conflict, NotThere, StoreError
 from src.storage.local import fsync_directory, write_durably
 from src.storage.transfer import Progress, download, ignore, look, upload
 
 log = logging.getLogger(__name__)
 
-_MANIFEST_KEY = re.compile(rf"(step_\d{{8,}})/{re.escape(MANIFEST_NAME)}")
 _THREADS = 16  # manifests read at once
 _DOWNLOADS = 3  # tries, if what arrives is damaged
 
@@ -45,20 +43,12 @@ class RemoteCatalog:
 
     def steps(self) -> list[int]:
         """All checkpoints, oldest first. One request per thousand objects."""
-        found = set()
-        for key, _ in self.bucket.keys(f"{self.prefix}/step_"):
-            match = _MANIFEST_KEY.fullmatch(key.removeprefix(f"{self.prefix}/"))
-            step = step_of(Path(match[1])) if match else None
-            if step is not None and checkpoint_name(step) == match[1]:  # type: ignore[index]
-                found.add(step)
-        return sorted(found)
+        return [step for step, names in self._objects().items() if MANIFEST_NAME in names]
 
     def were_set_aside(self, label: str) -> list[int]:
         """What `set_aside` took out earlier under this label, and that has not been replaced."""
-        pattern = re.compile(rf"(step_\d{{8,}})/{re.escape(MANIFEST_NAME)}\.{label}")
-        names = (key.removeprefix(f"{self.prefix}/") for key, _ in self.bucket.keys(f"{self.prefix}/step_"))
-        found = {step_of(Path(match[1])) for name in names if (match := pattern.fullmatch(name))}
-        return sorted({step for step in found if step is not None} - set(self.steps()))
+        aside = f"{MANIFEST_NAME}.{label}"
+        return [step for step, names in self._objects().items() if aside in names and MANIFEST_NAME not in names]
 
     def manifest(self, global_step: int) -> Manifest:
         """Read a manifest.
@@ -103,8 +93,7 @@ class RemoteCatalog:
         """
         for name, entry in manifest.files.items():
             key, crc = self._key(manifest.global_step, name), crc_in(entry.checksum)
-            there = self.bucket.stat(key)
-            if there is not None and (there.size, there.crc) == (entry.size, crc):
+            if self.bucket.stat(key) == Stat(entry.size, crc):
                 progress(entry.size)
             else:
                 upload(self.bucket, path / name, key, entry.size, crc, progress, confirm)
@@ -163,8 +152,8 @@ class RemoteCatalog:
             found = look(self.bucket, self._key(global_step, name))
             if found is None:
                 raise CorruptCheckpoint(f"{name} is missing")
-            if found != (entry.size, crc_in(entry.checksum)):
-                raise CorruptCheckpoint(f"{name} has {found[0]} bytes, checksum {format_checksum(found[1])}")
+            if found != Stat(entry.size, crc_in(entry.checksum)):
+                raise CorruptCheckpoint(f"{name} has {found}")
         return manifest
 
     def set_aside(self, global_step: int, label: str) -> None:
@@ -180,7 +169,7 @@ class RemoteCatalog:
         for key, _ in list(self.bucket.keys(f"{self._key(global_step)}/")):
             self.bucket.delete(key)
 
-    def sweep(self, keep: Iterable[int]) -> int:
+    def sweep(self, keep: Container[int]) -> int:
         """Delete what belongs to no checkpoint: an upload or a deletion was cut short.
 
         Args:
@@ -189,21 +178,26 @@ class RemoteCatalog:
         Returns:
             How many objects there were.
         """
-        objects: dict[str, list[str]] = defaultdict(list)
-        for key, _ in self.bucket.keys(f"{self.prefix}/step_"):
-            objects[key.removeprefix(f"{self.prefix}/").partition("/")[0]].append(key)
-        kept = {checkpoint_name(step) for step in keep}
         strays = [
-            key
-            for folder, keys in objects.items()
-            if folder not in kept and step_of(Path(folder)) is not None
+            self._key(step, name)
+            for step, names in self._objects().items()
             # One that was set aside has a manifest too, under another name.
-            if not any(key.startswith(f"{self.prefix}/{folder}/{MANIFEST_NAME}") for key in keys)
-            for key in keys
+            if step not in keep and not any(name.startswith(MANIFEST_NAME) for name in names)
+            for name in names
         ]
         for key in strays:
             self.bucket.delete(key)
         return len(strays)
+
+    def _objects(self) -> dict[int, list[str]]:
+        """The names of the objects in each folder that is called like a checkpoint, oldest step first."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for key, _ in self.bucket.keys(f"{self.prefix}/step_"):
+            folder, _, name = key.removeprefix(f"{self.prefix}/").partition("/")
+            step = step_of(Path(folder))
+            if step is not None and folder == checkpoint_name(step):
+                found[step].append(name)
+        return dict(sorted(found.items()))
 
     def _manifest(self, global_step: int) -> tuple[bytes, Manifest]:
         key = self._key(global_step, MANIFEST_NAME)

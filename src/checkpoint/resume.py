@@ -78,7 +78,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
     Raises:
         CheckpointError: there are checkpoints, but none can be read. Training must not start over by itself.
     """
-    local = {step: path for path in catalog.paths() if (step := step_of(path)) is not None}
+    local = catalog.by_step()
     damaged: dict[Path, str] = {}
     reasons: list[str] = []
     for step in sorted(local.keys() | mirror.steps, reverse=True):

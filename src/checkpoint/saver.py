@@ -8,10 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from src.background import yield_to_training
-from src.checkpoint.catalog import TEMPORARY_PREFIX, Catalog, checkpoint_name
+from src.background import byte_bar, yield_to_training
+from src.checkpoint.catalog import Catalog
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
@@ -93,10 +91,8 @@ class Saver:
 
     def await_with_progress(self, save: Save) -> None:
         """Wait until `save` is committed or has failed; from the first second on, with a progress bar."""
-        file = self._catalog.directory / (TEMPORARY_PREFIX + checkpoint_name(save.global_step)) / STATE_NAME
-        title = f"writing the checkpoint of step {save.global_step}"
-        options = {"unit": "B", "unit_scale": True, "delay": 1, "leave": False, "disable": None}
-        with tqdm(desc=title, total=save.snapshot.nbytes, **options) as bar:
+        file = self._catalog.temporary(save.global_step) / STATE_NAME
+        with byte_bar(f"writing the checkpoint of step {save.global_step}", save.snapshot.nbytes) as bar:
             while True:
                 try:
                     save.committed.exception(timeout=0.1)
@@ -121,4 +117,4 @@ class Saver:
         durable = time.monotonic()
         self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)
-        return Committed(path, sum(entry.size for entry in manifest.files.values()), durable)
+        return Committed(path, manifest.nbytes, durable)

@@ -52,6 +52,9 @@ class Stat:
     crc: int | None
     """CRC-64/NVME of the whole object; None if the store keeps none."""
 
+    def __str__(self) -> str:
+        return f"{self.size} bytes, checksum {'unknown' if self.crc is None else f'crc64nvme:{self.crc:016x}'}"
+
 
 class Bucket:
     """One bucket, and how to reach it. Safe to be used by several threads."""

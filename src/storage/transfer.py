@@ -14,7 +14,7 @@ from pathlib import Path
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 
 from src.background import yield_to_training
-from src.storage.bucket import Bucket, encode_crc
+from src.storage.bucket import Bucket, Stat, encode_crc
 from src.storage.failures import StoreError
 
 _MIB = 1024 * 1024
@@ -62,8 +62,8 @@ def upload(
         else:
             sent = _upload_parts(bucket, file.fileno(), key, size, part, crc, progress, confirm)
     # An upload without an error is not yet one without a fault.
-    if (found := look(bucket, key)) != (size, sent):
-        raise StoreError(f"{bucket.url(key)}: what is there is not what was sent ({_describe(found)})")
+    if (found := look(bucket, key)) != Stat(size, sent):
+        raise StoreError(f"{bucket.url(key)}: what is there is not what was sent ({found or 'nothing'})")
 
 
 def download(bucket: Bucket, key: str, size: int, path: Path, progress: Progress = ignore) -> int:
@@ -109,7 +109,8 @@ def _upload_whole(
     bucket: Bucket, descriptor: int, key: str, size: int, crc: int | None, confirm: Callable[[], None]
 ) -> int:
     body = os.pread(descriptor, size, 0)
-    found = _checksum(body, size, key)
+    _require_all(len(body), size, key)
+    found = int(crc64nvme(body))
     _compare(found, crc, key)
     bucket.pace(size)
     confirm()
@@ -137,10 +138,10 @@ def _upload_parts(
         length = min(part, size - number * part)
         buffer = buffers.get()
         try:
-            read = os.preadv(descriptor, [memoryview(buffer)[:length]], number * part)
+            _require_all(os.preadv(descriptor, [memoryview(buffer)[:length]], number * part), length, key)
             # boto3 takes bytes and bytearrays whole, but no views of them.
             body = buffer if length == part else bytes(buffer[:length])
-            found = _checksum(body, length if read == length else -1, key)
+            found = int(crc64nvme(body))
             sent: dict[str, object] = {"PartNumber": number + 1, "ChecksumCRC64NVME": encode_crc(found)}
             bucket.pace(length)
             sent["ETag"] = bucket.ask("upload_part", key, UploadId=upload_id, Body=body, **sent)["ETag"]
@@ -172,22 +173,20 @@ def _upload_parts(
     return whole
 
 
-def look(bucket: Bucket, key: str) -> tuple[int, int] | None:
+def look(bucket: Bucket, key: str) -> Stat | None:
     """Size and CRC-64/NVME of an object: as the store says, or where it keeps no checksums, by reading all of it.
 
     Returns:
         None if there is no such object.
     """
     found = bucket.stat(key)
-    if found is None:
-        return None
-    if found.crc is not None:
-        return found.size, found.crc
+    if found is None or found.crc is not None:
+        return found
     crc = 0
     for start in range(0, found.size, _PART):
         chunk = _read_range(bucket, key, start, min(_PART, found.size - start))
         crc = combine_crc64nvme(crc, crc64nvme(chunk), len(chunk))
-    return found.size, crc
+    return Stat(found.size, crc)
 
 
 def _read_range(bucket: Bucket, key: str, start: int, length: int) -> bytes:
@@ -205,14 +204,9 @@ def _write_all(descriptor: int, chunk: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _describe(found: tuple[int, int] | None) -> str:
-    return f"{found[0]} bytes with checksum {found[1]:016x}" if found else "nothing"
-
-
-def _checksum(body: bytes | bytearray, length: int, key: str) -> int:
-    if len(body) != length:
+def _require_all(read: int, wanted: int, key: str) -> None:
+    if read != wanted:
         raise Damaged(f"{key.rpartition('/')[2]} became shorter")
-    return int(crc64nvme(body))
 
 
 def _compare(found: int, expected: int | None, key: str) -> None:
