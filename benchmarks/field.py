@@ -3,25 +3,34 @@
 import os
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from benchmarks.process import SaverFailed, fresh_process
 from benchmarks.savers import Saver
 from benchmarks.workloads import Task, Workload
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Named(Protocol):
+    """Whoever takes part."""
+
+    name: ClassVar[str]
+
+
+Kind = TypeVar("Kind", bound=Named)
 
 
 @dataclass
 class Turns(Generic[T]):
     """What came of it."""
 
-    rounds: dict[str, list[list[T]]] = field(default_factory=lambda: defaultdict(list))
+    rounds: dict[str, list[list[T]]] = field(default_factory=dict)
     """By the saver's name: its samples, round by round. A saver that fails has none."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why a saver does not run, by name."""
@@ -53,23 +62,40 @@ def take_turns(
             nothing in flight and nothing on the disk, and returns its samples.
     """
     turns: Turns[T] = Turns()
-    remaining = list(savers)
-    order = random.Random(0)  # another order each round: nobody always comes after the same one
-    for _ in range(rounds):
-        for saver in order.sample(remaining, len(remaining)):
-            os.sync()  # nobody pays for the pages that another has left to be written
-            with tempfile.TemporaryDirectory(dir=directory) as folder:
-                try:
-                    with fresh_process(_turn, saver, workload, device, Path(folder), measure) as child:
-                        turns.label, turns.state_bytes, samples = child.receive()
-                except SaverFailed as error:
-                    turns.failures[saver.name] = str(error)
-                    turns.rounds.pop(saver.name, None)
-                    remaining.remove(saver)
-                else:
-                    turns.rounds[saver.name].append(samples)
-    turns.rounds = {saver.name: turns.rounds[saver.name] for saver in remaining}  # in the order of the tables
+
+    def turn(saver: type[Saver]) -> list[T]:
+        with (
+            tempfile.TemporaryDirectory(dir=directory) as folder,
+            fresh_process(_turn, saver, workload, device, Path(folder), measure) as child,
+        ):
+            turns.label, turns.state_bytes, samples = child.receive()
+            return list(samples)
+
+    turns.rounds, turns.failures = in_turns(savers, rounds, turn)
     return turns
+
+
+def in_turns(
+    kinds: Sequence[type[Kind]], rounds: int, turn: Callable[[type[Kind]], R]
+) -> tuple[dict[str, list[R]], dict[str, str]]:
+    """Give everybody a turn in each round, in another order each time, so that nobody always comes after the same one.
+
+    Returns:
+        What came of it by name, round by round, in the order of `kinds`; and by name, why one does not run.
+    """
+    found: dict[str, list[R]] = {kind.name: [] for kind in kinds}
+    failures: dict[str, str] = {}
+    order = random.Random(0)
+    for _ in range(rounds):
+        remaining = [kind for kind in kinds if kind.name not in failures]
+        for kind in order.sample(remaining, len(remaining)):
+            os.sync()  # nobody pays for the pages that another has left to be written
+            try:
+                found[kind.name].append(turn(kind))
+            except SaverFailed as error:
+                failures[kind.name] = str(error)
+                del found[kind.name]
+    return found, failures
 
 
 def _turn(

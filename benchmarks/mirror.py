@@ -1,11 +1,9 @@
 """What the mirror does with its network: throughput there and back, and what training loses meanwhile."""
 
 import os
-import random
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.carriers import CARRIERS, Carrier, Holdfast, Place
+from benchmarks.field import in_turns
 from benchmarks.process import SaverFailed, fresh_process
 from benchmarks.results import Result, Table, failure_rows, seconds, times
 from benchmarks.settings import Settings
@@ -64,28 +63,20 @@ def _compare(place: Place, size: int, rounds: int, directory: Path) -> tuple[str
     with file.open("wb") as target:
         for start in range(0, size, 1 << 24):
             target.write(os.urandom(min(1 << 24, size - start)))
-    turns: dict[str, list[_Sample]] = defaultdict(list)
-    failures: dict[str, str] = {}
-    remaining = list(CARRIERS)
-    order = random.Random(0)
-    for _ in range(rounds):
-        for carrier in order.sample(remaining, len(remaining)):
-            os.sync()
-            try:
-                with fresh_process(_turn, carrier, place, file) as child:
-                    turns[carrier.name].append(child.receive())
-            except SaverFailed as error:
-                failures[carrier.name] = str(error)
-                turns.pop(carrier.name, None)
-                remaining.remove(carrier)
+
+    def turn(carrier: type[Carrier]) -> _Sample:
+        with fresh_process(_turn, carrier, place, file) as child:
+            sample: _Sample = child.receive()
+            return sample
+
+    turns, failures = in_turns(CARRIERS, rounds, turn)
     file.unlink()
 
     def over(samples: list[_Sample], part: Callable[[_Sample], list[float]]) -> float:
         return median(value for sample in samples for value in part(sample))
 
     rows, measured = [], {}
-    for name in (carrier.name for carrier in remaining):
-        samples = turns[name]
+    for name, samples in turns.items():
         found = {
             "up": size / over(samples, lambda sample: sample.up),
             "down": size / over(samples, lambda sample: sample.down),

@@ -32,6 +32,11 @@ def free_port() -> int:
                 return port
 
 
+RUN = Path("outputs/tiny")
+"""The run directory of conftest.TINY; below it, in a bucket: ROOT."""
+ROOT = "holdfast/tiny"
+
+
 class Store:
     """One server, with a folder of its own."""
 
@@ -228,3 +233,38 @@ def error_answer(status: int, code: str) -> bytes:
 def _flip(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def on_s3(place: Store | Network, bucket: str, *more: str) -> tuple[str, ...]:
+    where = ("storage=s3", f"storage.bucket={bucket}", f"storage.endpoint_url={place.endpoint}")
+    return (*where, "storage.lease_seconds=3", *more)
+
+
+def steps_there(store: Store, bucket: str, root: str = ROOT) -> list[int]:
+    manifests = re.findall(
+        r"step_(\d{8})/manifest\.json\n", "\n".join(store.keys(bucket, f"{root}/checkpoints")) + "\n"
+    )
+    return sorted(map(int, manifests))
+
+
+def steps_here(run: Path = RUN) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_????????"))
+
+
+def damage(store: Store, bucket: str, step: int, how: str) -> None:
+    folder = f"{ROOT}/checkpoints/step_{step:08d}"
+    if how == "a flipped bit":
+        state = bytearray(store.read(bucket, f"{folder}/state.pt"))
+        state[len(state) // 2] ^= 1
+        store.write(bucket, f"{folder}/state.pt", bytes(state))
+    elif how == "truncated":
+        store.write(bucket, f"{folder}/state.pt", store.read(bucket, f"{folder}/state.pt")[:-1000])
+    elif how == "missing":
+        store.client().delete_object(Bucket=bucket, Key=f"{folder}/state.pt")
+    elif how == "no manifest of ours":
+        store.write(bucket, f"{folder}/manifest.json", b'{"format": 1, "files": {"../../../../evil": {}}}')
+
+
+def drop(network: Network) -> None:
+    network.drop = True
+    network.cut()

@@ -1,6 +1,5 @@
 """The mirror: what is committed reaches the bucket, whatever happens, and an empty machine goes on from there."""
 
-import json
 import re
 import shutil
 import signal
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from awscrt.checksums import crc64nvme
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.checkpoint import mirror as mirror_module
 from src.checkpoint.catalog import Catalog
-from src.checkpoint.manifest import CorruptCheckpoint, Manifest
+from src.checkpoint.manifest import Manifest
 from src.checkpoint.mirror import BucketMirror
 from src.checkpoint.policy import EverySteps
 from src.checkpoint.remote import RemoteCatalog
@@ -26,32 +24,12 @@ from src.storage.bucket import Bucket
 from src.storage.failures import Refused
 from src.storage.s3 import S3Storage
 from tests.conftest import LAST, LONG, TINY, Result, Training
-from tests.store import SECRET, Network, Store, error_answer
+from tests.store import ROOT, RUN, SECRET, Network, Store, drop, error_answer, on_s3, steps_here, steps_there
 from tests.test_resume import differences, state
 from tests.test_training import curves, final_state
 
 Train = Callable[..., Result]
 Fault = Callable[[Network], None]
-RUN = Path("outputs/tiny")
-ROOT = "holdfast/tiny"
-
-
-def on_s3(place: Store | Network, bucket: str, *more: str) -> tuple[str, ...]:
-    where = ("storage=s3", f"storage.bucket={bucket}", f"storage.endpoint_url={place.endpoint}")
-    return (*where, "storage.lease_seconds=3", *more)
-
-
-def steps_there(store: Store, bucket: str, root: str = ROOT) -> list[int]:
-    manifests = re.findall(
-        r"step_(\d{8})/manifest\.json\n", "\n".join(store.keys(bucket, f"{root}/checkpoints")) + "\n"
-    )
-    return sorted(map(int, manifests))
-
-
-def steps_here(run: Path = RUN) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_????????"))
-
-
 # --- all is well ---
 
 
@@ -128,224 +106,11 @@ def test_no_secret_is_left_anywhere(train: Train, store: Store, bucket: str) -> 
 
 
 def test_how_far_behind_the_bucket_is_is_shown(train: Train, store: Store, bucket: str) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(*TINY, *on_s3(store, bucket), "trainer.epochs=2")
     events = EventAccumulator(str(RUN / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert {event.step: event.value for event in events.Scalars("mirror/steps_at_risk")}[13] == 13.0
     for tag in ("mirror/checkpoints_waiting", "mirror/megabytes_waiting", "checkpoint/steps_at_risk"):
         assert len(events.Scalars(tag)) == 26
-
-
-# --- resume from elsewhere ---
-
-
-def test_resume_and_init_from_take_urls(train: Train, store: Store, bucket: str) -> None:
-    options = (*TINY, *on_s3(store, bucket))
-    train(*options, "trainer.epochs=2", "checkpoint.every=5")
-    root = f"s3://{bucket}/{ROOT}"
-    there = steps_there(store, bucket)
-    urls = {root: 26, f"{root}/checkpoints/": 26, f"{root}/checkpoints/step_{there[0]:08d}": there[0]}
-    for number, (url, step) in enumerate(urls.items()):
-        result = train(*options, f"resume={url}", f"run=other{number}", "trainer.epochs=3")
-        assert result.status == 0, result.output
-        assert f"step {step}, epoch" in result.output
-    result = train(*options, f"init_from={root}", "run=warm", "trainer.epochs=1")
-    assert f"init_from={root}: loaded " in result.output
-    url = f"{root}/checkpoints/step_00000026/state.pt"
-    assert f"init_from={url}: loaded " in train(*options, f"init_from={url}", "run=warm2", "trainer.epochs=1").output
-    assert not list(Path("outputs").rglob(".tmp_*"))
-
-
-def test_resume_from_a_url_goes_back_once(train: Train, store: Store, bucket: str) -> None:
-    options = (*TINY, *on_s3(store, bucket))
-    train(*options, "trainer.epochs=1")
-    command = (*options, f"resume=s3://{bucket}/{ROOT}", "run=other", "trainer.epochs=2")
-    train(*command)
-    assert "already done" in train(*command).output
-    shutil.rmtree("outputs/other")
-    assert "already done" in train(*command).output
-
-
-@pytest.mark.parametrize("url", ["/nothing/here", "/holdfast/tiny/checkpoints/step_00000099", "/no.pt"])
-def test_a_url_that_leads_nowhere(train: Train, store: Store, bucket: str, url: str) -> None:
-    for key in ("resume", "init_from"):
-        result = train(*TINY, *on_s3(store, bucket), f"{key}=s3://{bucket}{url}")
-        assert result.status == 2, result.output
-        assert f"error: {key}=s3://{bucket}{url}: " in result.output
-
-
-def test_going_back_on_purpose_retires_what_lies_above_in_the_bucket_too(
-    train: Train, store: Store, bucket: str
-) -> None:
-    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5", "checkpoint.keep=9")
-    train(*options, "trainer.epochs=2")
-    result = train(*options, f"resume={RUN}/checkpoints/step_00000010", "trainer.epochs=1")
-    assert result.status == 0, result.output
-    assert steps_there(store, bucket) == [5, 10, 13]
-    assert f"{ROOT}/checkpoints/step_00000020/manifest.json.retired" in store.keys(bucket)
-
-
-def test_starting_over_on_purpose_retires_all_of_the_bucket(train: Train, store: Store, bucket: str) -> None:
-    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5")
-    train(*options, "trainer.epochs=2")
-    shutil.rmtree(RUN)
-    result = train(*options, "resume=never", "trainer.epochs=1")
-    assert result.status == 0, result.output
-    assert steps_there(store, bucket) == [5, 10, 13]
-
-
-# --- damage in the bucket ---
-
-
-def damage(store: Store, bucket: str, step: int, how: str) -> None:
-    folder = f"{ROOT}/checkpoints/step_{step:08d}"
-    if how == "a flipped bit":
-        state = bytearray(store.read(bucket, f"{folder}/state.pt"))
-        state[len(state) // 2] ^= 1
-        store.write(bucket, f"{folder}/state.pt", bytes(state))
-    elif how == "truncated":
-        store.write(bucket, f"{folder}/state.pt", store.read(bucket, f"{folder}/state.pt")[:-1000])
-    elif how == "missing":
-        store.client().delete_object(Bucket=bucket, Key=f"{folder}/state.pt")
-    elif how == "no manifest of ours":
-        store.write(bucket, f"{folder}/manifest.json", b'{"format": 1, "files": {"../../../../evil": {}}}')
-
-
-@pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing", "no manifest of ours"])
-def test_a_damaged_checkpoint_in_the_bucket_is_skipped_and_the_one_before_is_used(
-    train: Train, store: Store, bucket: str, how: str
-) -> None:
-    options = (*TINY, "scheduler=none", "checkpoint.every=5", "checkpoint.keep=9")
-    train(*options, "trainer.epochs=2", "run=whole")
-    train(*options, *on_s3(store, bucket), "trainer.epochs=1")
-    shutil.rmtree(RUN)
-    damage(store, bucket, 13, how)
-    result = train(*options, *on_s3(store, bucket), "trainer.epochs=2")
-    assert result.status == 0, result.output
-    assert f"damaged checkpoint of step 13 in s3://{bucket}/{ROOT}" in result.output
-    assert "step 10, epoch 0" in result.output
-    assert differences(state(26), state(26, Path("outputs/whole"))) == []
-    assert steps_here() == [10, 13, 15, 20, 25, 26]
-    assert steps_there(store, bucket) == [5, *steps_here()]
-
-
-def test_if_none_is_good_training_does_not_start_over(train: Train, store: Store, bucket: str) -> None:
-    options = (*TINY, *on_s3(store, bucket))
-    train(*options, "trainer.epochs=1")
-    shutil.rmtree(RUN)
-    damage(store, bucket, 13, "a flipped bit")
-    result = train(*options, "trainer.epochs=1")
-    assert result.status == 3
-    assert "none can be read (step 13 in s3://" in result.output
-    assert steps_there(store, bucket) == [13]
-
-
-def test_a_bit_flipped_on_the_way_down_is_no_damage(
-    train: Train, store: Store, network: Network, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = (*TINY, "checkpoint.every=5", "model.width=64")
-    train(*options, *on_s3(store, bucket), "trainer.epochs=1")
-    shutil.rmtree(RUN)
-    network.corrupt_downloads = 1
-    result = train(*options, *on_s3(network, bucket), "trainer.epochs=1")
-    assert network.corrupt_downloads == 0
-    assert result.status == 0, result.output
-    assert "arrived damaged" in result.output
-    assert "step 13, epoch 1" in result.output
-
-
-def test_what_was_abandoned_is_not_forgotten_before_its_successor_has_arrived(
-    train: Train, store: Store, bucket: str
-) -> None:
-    options = (*TINY, *on_s3(store, bucket))
-    train(*options, "trainer.epochs=1")
-    key = f"{ROOT}/checkpoints/step_00000013/manifest.json"
-    store.write(bucket, f"{key}.retired", store.read(bucket, key))  # as `resume=PATH` does; then the disk is lost
-    store.client().delete_object(Bucket=bucket, Key=key)
-    shutil.rmtree(RUN)
-    result = train(*options, "trainer.epochs=1")
-    assert result.status == 3
-    assert "step 13 in s3://" in result.output
-    assert "retired earlier" in result.output
-    assert train(*options, "resume=never", "trainer.epochs=1").status == 0
-
-
-def test_a_checkpoint_that_was_saved_broken_does_not_block_the_one_before(
-    train: Train, store: Store, bucket: str
-) -> None:
-    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5", "checkpoint.keep=9")
-    train(*options, "trainer.epochs=1")
-    folder = RUN / "checkpoints/step_00000013"
-    torch.save({"global_step": 99}, folder / "state.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    body = (folder / "state.pt").read_bytes()
-    manifest["files"]["state.pt"] = {"size": len(body), "checksum": f"crc64nvme:{crc64nvme(body):016x}"}
-    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/state.pt", body)
-    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/manifest.json", json.dumps(manifest).encode())
-    shutil.rmtree(RUN)
-    result = train(*options, "trainer.epochs=1")
-    assert result.status == 0, result.output
-    assert "step 10, epoch 0" in result.output
-
-
-def test_a_damaged_local_checkpoint_is_replaced_from_the_bucket(train: Train, store: Store, bucket: str) -> None:
-    options = (*TINY, *on_s3(store, bucket))
-    train(*options, "trainer.epochs=1")
-    (RUN / "checkpoints/step_00000013/state.pt").write_bytes(b"rubbish")
-    result = train(*options, "trainer.epochs=2")
-    assert result.status == 0, result.output
-    assert "set aside as step_00000013.corrupt" in result.output
-    assert "step 13, epoch 1" in result.output
-
-
-def test_a_damaged_local_checkpoint_is_not_mirrored(train: Train, store: Store, bucket: str) -> None:
-    train(*TINY, "trainer.epochs=1", "checkpoint.every=5")
-    (RUN / "checkpoints/step_00000005/state.pt").write_bytes(b"rubbish")
-    result = train(*TINY, *on_s3(store, bucket), "trainer.epochs=1", "checkpoint.every=5")
-    assert result.status == 0, result.output
-    assert "step_00000005 is damaged and is not mirrored" in result.output
-    assert steps_there(store, bucket) == [10, 13]
-
-
-def test_names_in_a_bucket_lead_nowhere_else(
-    store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hostile = [
-        "tensorboard/../../evil",
-        "tensorboard/.ssh",
-        "tensorboard//etc/passwd",
-        ".hydra/../evil.yaml",
-        "train.log.d/x",
-        "checkpoints/step_00000001/../../step_00000002/manifest.json",
-        "checkpoints/step_000000001/manifest.json",
-        "checkpoints/step_00000001/manifest.json/",
-    ]
-    good = ["tensorboard/events.1", "tensorboard/deep/events.2", ".hydra/config.yaml", "train.log"]
-    for name in good:
-        store.write(bucket, f"{ROOT}/{name}", b"x")
-    # This server refuses most of them; another may not.
-    keys = [(f"{ROOT}/{name}", 1) for name in [*hostile, *good]]
-    monkeypatch.setattr(Bucket, "keys", lambda self, prefix: [(key, size) for key, size in keys if prefix in key])
-    client = Bucket(bucket, endpoint_url=store.endpoint)
-    inner = tmp_path / "a" / "b"
-    RunFiles(client, ROOT, inner).fetch_all()
-    assert sorted(path.relative_to(inner).as_posix() for path in inner.rglob("*") if path.is_file()) == sorted(good)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert RemoteCatalog(client, f"{ROOT}/checkpoints").steps() == []
-
-
-def test_a_thousand_checkpoints_are_two_requests_to_list_and_one_to_resume_from(
-    network: Network, store: Store, bucket: str
-) -> None:
-    s3 = store.client()
-    for step in range(1, 1001):
-        s3.put_object(Bucket=bucket, Key=f"{ROOT}/checkpoints/step_{step:08d}/manifest.json", Body=b"{}")
-        s3.put_object(Bucket=bucket, Key=f"{ROOT}/checkpoints/step_{step:08d}/state.pt", Body=b"")
-    remote = RemoteCatalog(Bucket(bucket, endpoint_url=network.endpoint), f"{ROOT}/checkpoints")
-    assert remote.steps() == list(range(1, 1001))
-    assert len(network.requests) <= 3
-    assert isinstance(remote.manifests([1, 2])[1], CorruptCheckpoint)
 
 
 # --- kills ---
@@ -409,11 +174,6 @@ def test_a_server_that_freezes_dies_and_comes_back_never_holds_up_training(
         assert differences(final_state(training.run), final_state(uninterrupted)) == []
     finally:
         store.kill()
-
-
-def drop(network: Network) -> None:
-    network.drop = True
-    network.cut()
 
 
 def busy(network: Network) -> None:
@@ -707,102 +467,3 @@ def test_uploads_of_the_mirror_are_no_part_of_trainings_random_numbers(
     monkeypatch.setattr(S3Storage, "preflight", lambda *arguments: None)
     assert train(*options, *on_s3(network, bucket)).status == 0
     assert differences(state(13), state(13, Path("outputs/plain"))) == []
-
-
-# --- the command line ---
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    from src.checkpoint.__main__ import main
-
-    capsys.readouterr()
-    status = main(arguments)
-    return (status, *capsys.readouterr())
-
-
-def test_ls_verify_pull_and_export_know_the_bucket(
-    train: Train, store: Store, bucket: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(*TINY, *on_s3(store, bucket), "trainer.epochs=2", "checkpoint.every=5")
-    url, place = f"s3://{bucket}/{ROOT}", ("--endpoint-url", store.endpoint)
-    listed = cli(capsys, "ls", str(RUN))
-    assert listed[0] == 0
-    assert listed[1].count("local+mirror") == len(steps_here())
-    assert re.search(r"^ +26 +2 +\S+ MB .*val/accuracy.* local\+mirror", listed[1], re.MULTILINE)
-    there = cli(capsys, "ls", url, *place)
-    assert there[0] == 0
-    assert "local" not in there[1].replace("local+", "")
-    assert cli(capsys, "ls", str(RUN), "--local")[1].count("mirror") == 0
-
-    verified = cli(capsys, "verify", url, *place)
-    assert verified[0] == 0
-    assert verified[1].count("verified") == len(steps_here())
-    damage(store, bucket, 26, "a flipped bit")
-    status, out, _ = cli(capsys, "verify", str(RUN))
-    assert status == 1
-    assert "mirror DAMAGED: state.pt has" in out
-
-    status, out, err = cli(capsys, "pull", url, "outputs/pulled", *place)
-    assert status == 0, err
-    assert "skipped damaged checkpoint" in err
-    assert steps_here(Path("outputs/pulled")) == [25]
-    assert (Path("outputs/pulled") / "train.log").is_file()
-    assert (Path("outputs/pulled") / ".hydra/config.yaml").is_file()
-    assert cli(capsys, "pull", url, "outputs/pulled", "--all", *place)[0] == 0
-    assert steps_here(Path("outputs/pulled")) == [step for step in steps_here() if step != 26]
-
-    shutil.rmtree(RUN / "checkpoints")
-    assert cli(capsys, "pull", str(RUN))[0] == 0
-    assert steps_here() == [25]
-
-    weights = torch.load(RUN / "checkpoints/step_00000025/state.pt", weights_only=True)["model_state_dict"]
-    assert cli(capsys, "export", f"{url}/checkpoints/step_00000025", "weights.safetensors", *place)[0] == 0
-    from safetensors.torch import load_file
-
-    assert differences(dict(sorted(load_file("weights.safetensors").items())), dict(sorted(weights.items()))) == []
-    assert cli(capsys, "export", str(RUN), "weights.pt")[0] == 0
-    assert differences(torch.load("weights.pt", weights_only=True), dict(weights)) == []
-    status, _, err = cli(capsys, "export", str(RUN), "weights.pt")
-    assert status == 2
-    assert "exists already" in err
-    assert cli(capsys, "export", str(RUN), "weights.bin")[0] == 2
-    assert not list(Path().glob(".tmp*"))
-
-
-def test_the_command_line_says_what_is_wrong_in_one_line(
-    store: Store, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = ("--endpoint-url", store.endpoint)
-    assert cli(capsys, "ls", f"s3://{bucket}/nothing", *place) == (
-        2,
-        "",
-        f"error: s3://{bucket}/nothing: has no checkpoints\n",
-    )
-    status, _, err = cli(capsys, "ls", "s3://no-such-bucket-here/run", *place)
-    assert status == 3
-    assert "there is no bucket of that name" in err
-    status, _, err = cli(capsys, "pull", str(tmp_path))
-    assert status == 2
-    assert "is a run without a mirror" in err
-
-
-def test_a_config_found_on_a_disk_is_not_called(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(*TINY, "trainer.epochs=1")
-    config = RUN / ".hydra/config.yaml"
-    evil = config.read_text().replace("src.storage.local.LocalStorage", "os.system")
-    assert evil != config.read_text()
-    config.write_text(evil)
-    assert cli(capsys, "ls", str(RUN))[0] == 0
-
-
-def test_ls_shows_what_is_here_when_the_bucket_cannot_be_reached(
-    train: Train, network: Network, bucket: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(*TINY, *on_s3(network, bucket), "trainer.epochs=1")
-    drop(network)
-    status, out, err = cli(capsys, "ls", str(RUN))
-    assert status == 0
-    assert " 13 " in out
-    assert "cannot look into the mirror: s3://" in err
