@@ -68,7 +68,7 @@ def _silence_peers() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What a checkpoint costs, and peers'.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="a look in 3 minutes, small state only; not recorded")
+    parser.add_argument("--quick", action="store_true", help="a look in 10 minutes, small state only; not recorded")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--directory", type=Path, default=OUTPUTS, help="the disk to measure; default: outputs/")
     parser.add_argument("--report", action="store_true", help="only write recorded tables to benchmarks/README.md")
