@@ -18,7 +18,7 @@ _SAVES = 3  # in a turn
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    return settings.at_each_size(_compare, small=2, large=1)
+    return settings.at_each_size(_compare, small=3, large=1)
 
 
 def _compare(workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:

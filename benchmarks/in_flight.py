@@ -29,7 +29,7 @@ class _Sample:
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    return settings.at_each_size(_compare, small=2, large=1)
+    return settings.at_each_size(_compare, small=2, large=2)
 
 
 def _compare(workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:

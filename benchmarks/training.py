@@ -27,7 +27,7 @@ def run(settings: Settings) -> Result:
         workloads, blocks = settings.workloads, _BLOCKS_CUDA
     else:
         workloads, blocks = [SHORT_STEP], _BLOCKS_QUICK if settings.quick else _BLOCKS
-    rounds = 1
+    rounds = 1 if settings.quick else 3
     tables, measurements = [], {}
     for workload in workloads:
         with tempfile.TemporaryDirectory(dir=settings.directory) as folder:

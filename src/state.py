@@ -85,9 +85,9 @@ class TrainState:
         self.best = best
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, under the keys of `state.pt`. Tensors are the live ones, not copies."""
+        """Everything, under the keys of `state.pt`. Tensors are the live ones, parameters among them, not copies."""
         return {
-            "model_state_dict": self.model.state_dict(),
+            "model_state_dict": self.model.state_dict(keep_vars=True),  # detaching hundreds costs a third of a ms
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lr_scheduler_state_dict": self.scheduler.state_dict(),
             "scaler_state_dict": self._scaler_state_dict(),

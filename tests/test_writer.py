@@ -91,10 +91,10 @@ def check_the_order_of_syncs(directory: Path) -> None:
     assert synced[3:] == ["renamed", directory.name]
 
 
-def write_more_than_the_limit(directory: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def write_more_than_the_limit(directory: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     with pytest.raises(OSError, match="File too large"):
-        write(directory, 200, numbers=1_000_000)
+        write(directory, 200, numbers=10_000_000)
 
 
 def test_what_is_written_verifies_and_loads_back(tmp_path: Path) -> None:
@@ -195,9 +195,11 @@ def test_a_committed_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     assert (path / "state.pt").read_bytes() == before
 
 
-def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [100_000, 20_000_000, 40_000_000])
+def test_a_full_disk_leaves_nothing_behind_and_the_older_checkpoint_whole(tmp_path: Path, limit: int) -> None:
+    """Full at the first block, at one that is written while the next is filled, and at the very last one."""
     write(tmp_path, 100)
-    assert in_a_process(write_more_than_the_limit, tmp_path) == 0
+    assert in_a_process(write_more_than_the_limit, tmp_path, limit) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000100"]
     assert verify(tmp_path / "step_00000100").global_step == 100
 
