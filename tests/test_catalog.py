@@ -24,7 +24,7 @@ from src.errors import CheckpointError
 
 def write(directory: Path, step: int, **manifest: Any) -> Path:
     state = {"global_step": step, "weights": torch.arange(10_000.0)}
-    return write_checkpoint(directory, state, Manifest(global_step=step, epoch=1, files={}, **manifest))[0]
+    return write_checkpoint(Catalog(directory), state, Manifest(global_step=step, epoch=1, files={}, **manifest))[0]
 
 
 def edit_manifest(path: Path, **changes: Any) -> None:

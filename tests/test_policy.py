@@ -133,6 +133,11 @@ def test_rotation_keeps_the_older_of_two_equally_good() -> None:
     assert EverySteps(keep=1, keep_best=1).to_keep(checkpoints(s100=0.9, s200=0.9, s300=0.1)) == {100, 300}
 
 
+def test_rotation_keeps_the_newest_in_which_all_are_numbers() -> None:
+    saved = [Saved(step, finite=step <= 20) for step in (10, 20, 30, 40, 50)]
+    assert EverySteps(keep=2, keep_best=0).to_keep(saved) == {20, 40, 50}
+
+
 def test_keep_every_keeps_one_per_stretch_for_ever_under_repeated_rotation() -> None:
     policy = EverySteps(keep=1, keep_best=0, keep_every=1000)
     kept: set[int] = set()

@@ -29,8 +29,8 @@ def state_of(step: int, numbers: int = 1000) -> dict[str, Any]:
     return {"global_step": step, "weights": torch.full((numbers,), float(step))}
 
 
-def write(directory: Path, step: int, numbers: int = 1000) -> Path:
-    return write_checkpoint(directory, state_of(step, numbers), Manifest(global_step=step, epoch=0, files={}))[0]
+def write(directory: Path, step: int, numbers: int = 1000, **manifest: Any) -> Path:
+    return write_checkpoint(Catalog(directory), state_of(step, numbers), Manifest(step, 0, {}, **manifest))[0]
 
 
 def save_and_rotate(directory: Path) -> None:
@@ -62,7 +62,7 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int | None:
     return process.exitcode
 
 
-def die_at_operation(directory: Path, number: int) -> None:
+def die_at_operation(directory: Path, number: int, work: Callable[[Path], None] = save_and_rotate) -> None:
     count = 0
 
     def kill(_name: str, _path: Any) -> None:
@@ -72,7 +72,7 @@ def die_at_operation(directory: Path, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     call_before(kill)
-    save_and_rotate(directory)
+    work(directory)
 
 
 def check_the_order_of_syncs(directory: Path) -> None:
@@ -111,7 +111,7 @@ def test_plain_torch_reads_it(tmp_path: Path, mmap: bool) -> None:
     assert torch.equal(state["weights"], torch.full((1000,), 7.0))
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 8 * 2**20 - 1, 8 * 2**20, 8 * 2**20 + 1, 20_000_003])
+@pytest.mark.parametrize("size", [0, 1, 4096, 4 * 2**20 - 1, 4 * 2**20, 4 * 2**20 + 1, 20_000_003])
 def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     with DirectFile(tmp_path / "file") as file:
@@ -193,6 +193,31 @@ def test_a_committed_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write(tmp_path, 5, numbers=2)
     assert (path / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("limit", [100_000, 20_000_000, 40_000_000])
+def replace(directory: Path) -> None:
+    write(directory, 200, metrics={"val/accuracy": 0.5})
+
+
+def test_invariant_1_a_sigkill_while_one_is_replaced_leaves_the_one_or_the_other(tmp_path: Path) -> None:
+    """One from before the evaluation of its state, for which there was no time then, by one from after it."""
+    seen = set()
+    for number in range(1, 200):
+        directory = tmp_path / str(number)
+        write(directory, 100)
+        write(directory, 200)
+        died = in_a_process(die_at_operation, directory, number, replace) == -signal.SIGKILL
+        found = Catalog(directory)
+        found.clear_leftovers()
+        assert sorted(path.name for path in directory.iterdir()) == ["step_00000100", "step_00000200"]
+        seen.add(bool(verify(directory / "step_00000200").metrics))
+        if not died:
+            break
+    assert number > 10
+    assert seen == {False, True}
+    with pytest.raises(FileExistsError):
+        replace(directory)  # once is enough
 
 
 @pytest.mark.parametrize("limit", [100_000, 20_000_000, 40_000_000])

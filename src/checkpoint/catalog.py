@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src.checkpoint.checksum import verify_file
 from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, Manifest, read_manifest
-from src.checkpoint.policy import CheckpointPolicy, Saved
+from src.checkpoint.policy import CheckpointPolicy
 from src.storage.local import fsync_directory
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ CORRUPT, RETIRED, OLD = "corrupt", "retired", "old"
 # Work in progress: a kill leaves these behind, and nobody ever reads them as a checkpoint.
 TEMPORARY_PREFIX = ".tmp_"
 _TRASH_PREFIX = ".trash_"
+_REPLACED_PREFIX = ".replaced_"  # this one is whole: if nothing has taken its place, it gets it back
 
 
 def checkpoint_name(global_step: int) -> str:
@@ -129,7 +130,7 @@ class Catalog:
         """
         try:
             checkpoints = self.readable()
-            keep = policy.to_keep([Saved(manifest.global_step, manifest.metrics) for _, manifest in checkpoints])
+            keep = policy.to_keep([manifest.saved for _, manifest in checkpoints])
             for path, manifest in checkpoints:
                 if manifest.global_step not in keep:
                     self._delete(path)
@@ -150,17 +151,31 @@ class Catalog:
     def adopt(self, folder: Path) -> Path:
         """Commit a complete and fsynced checkpoint that lies in `directory` under a temporary name.
 
+        If there is one of that step, the new one takes its place, also while it is being read: whoever does so has its
+        files open, or finds others than the manifest says. A kill at any instant leaves one of the two, though perhaps
+        only after `clear_leftovers`.
+
         Raises:
             OSError: the disk refused.
         """
         final = folder.with_name(folder.name.removeprefix(TEMPORARY_PREFIX))
-        folder.rename(final)
+        replaced = final.with_name(_REPLACED_PREFIX + final.name)
+        with self._lock:
+            if final.exists():
+                final.rename(replaced)
+                self._manifests.pop(final, None)
+            folder.rename(final)
         fsync_directory(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
         return final
 
     def clear_leftovers(self) -> None:
         """Delete what a killed process left half-written or half-deleted. Only for the run's one writer."""
-        for prefix in (TEMPORARY_PREFIX, _TRASH_PREFIX):
+        for path in self.directory.glob(f"{_REPLACED_PREFIX}*"):
+            final = path.with_name(path.name.removeprefix(_REPLACED_PREFIX))
+            if not final.exists():
+                path.rename(final)
+        for prefix in (TEMPORARY_PREFIX, _TRASH_PREFIX, _REPLACED_PREFIX):
             for path in self.directory.glob(f"{prefix}*"):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The one object that the training loop talks to about checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class Checkpointer:
         self._waited = self._waited_when_warned = 0.0  # seconds, for the disk
         self._failures = 0
         self._retry_at = 0.0  # on the clock of Progress.seconds
-        self._durable_step: int | None = None
+        self._durable: tuple[int, bool] | None = None  # step of the newest on the disk, and whether with metrics
         self._last_save = self._last_step = Progress(global_step=-1, epoch=0, seconds=time.monotonic())
 
     def __enter__(self) -> Self:
@@ -124,13 +125,12 @@ class Checkpointer:
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
         # Only now, when it is known to fit, is anything abandoned for it.
-        if found.retire_above is not None:
-            self.catalog.retire_above(found.retire_above)
-        self._mirror.begin(above=state.global_step if found.retire_above is None else found.retire_above)
+        self.catalog.retire_above(found.retire_above)
+        self._mirror.begin(found.retire_above)
         if found.foreign:
             self._save_at_last(state)
         else:
-            self._durable_step = state.global_step
+            self._durable = (state.global_step, state.evaluated)
 
     def step(self, state: TrainState) -> None:
         """To be called after every optimizer step, and after the evaluation if the step ended an epoch.
@@ -175,27 +175,34 @@ class Checkpointer:
             self.stall_total += time.perf_counter() - start
             self._settle(self._saving)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self, state: TrainState, patience: Callable[[], float] = lambda: math.inf) -> None:
         """Save the last state, unless that has been done, and wait until it is durable, and in the mirror if that
         works.
+
+        Args:
+            patience: For how many seconds from now the mirror may be waited for; asked again and again.
 
         Raises:
             CheckpointError: it could not be saved.
         """
         self.wait()
-        if state.global_step != self._durable_step:
+        if self._durable != (state.global_step, state.evaluated):
             self._save_at_last(state)
-        self._mirror.flush()
+        self._mirror.flush(patience)
         self.catalog.rotate(self.policy)  # what was being uploaded when its time came
 
     def lag(self, state: TrainState) -> dict[str, float]:
         """How much training a kill would cost just now: steps that no checkpoint on the disk holds; and, if there is a
         mirror, steps that the loss of the disk would cost, and what is still to be uploaded."""
-        lag = {"checkpoint/steps_at_risk": float(state.global_step - (self._durable_step or 0))}
+        lag = {"checkpoint/steps_at_risk": float(state.global_step - (self._durable or (0,))[0])}
         mirrored = self._mirror.newest_step()
         if mirrored is not None:
             lag |= {"mirror/steps_at_risk": float(state.global_step - mirrored)} | self._mirror.lag()
         return lag
+
+    def newest_finite(self) -> Path | None:
+        """The newest checkpoint on the disk in which loss and weights are numbers."""
+        return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
 
     def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
         if init_from is not None:
@@ -232,7 +239,7 @@ class Checkpointer:
         while True:
             self._start(state, self._progress(state))
             self.wait()
-            if self._durable_step == state.global_step:
+            if self._durable == (state.global_step, state.evaluated):
                 return
             time.sleep(self.policy.retry_after)
 
@@ -257,7 +264,7 @@ class Checkpointer:
             self._report_failure(save.global_step, error)
             return
         self._failures = 0
-        self._durable_step = save.global_step
+        self._durable = (save.global_step, committed.evaluated)
         self.saves += 1
         self._meter.saved(save.stall)
         seconds = committed.at - save.begun

@@ -21,7 +21,7 @@ from awscrt.checksums import crc64nvme
 from src.checkpoint.checksum import format_checksum
 from src.checkpoint.manifest import FileEntry
 
-_BLOCK = 8 * 1024 * 1024  # bytes per write: many a disk needs that much at once to reach its speed
+_BLOCK = 4 * 1024 * 1024  # bytes per write: many a disk needs that much at once to reach its speed
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.checkpoint.policy import Saved
 from src.errors import CheckpointError
 
 FORMAT = 1
@@ -48,6 +49,8 @@ class Manifest:
     """By file name, inside the checkpoint's folder."""
     loss: float | None = None
     """Training loss of the last step; None if it was not finite."""
+    finite: bool = True
+    """Loss and weights are numbers."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """The evaluation of exactly these weights; empty if they were not evaluated."""
     best: Mapping[str, Any] | None = None
@@ -61,8 +64,13 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved config of the run."""
     created: str = ""
-    """ISO 8601, UTC. Informative only: order is by `global_step`."""
+    """ISO 8601, UTC. Order is by `global_step`; this only tells which of two histories is the later one."""
     format: int = FORMAT
+
+    @property
+    def saved(self) -> Saved:
+        """What a policy may know of it."""
+        return Saved(self.global_step, self.metrics, self.finite)
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +143,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         epoch=take("epoch", int),
         files=files,
         loss=take("loss", (int, float, optional)),
+        finite=data.get("finite") is not False,
         metrics=metrics,
         best=take("best", (dict, optional)),
         resumed_from=take("resumed_from", (str, optional)),

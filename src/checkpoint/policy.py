@@ -40,6 +40,8 @@ class Saved:
 
     global_step: int
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    finite: bool = True
+    """Loss and weights are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class CheckpointPolicy(ABC):
 
     def should_save(self, now: Progress, last: Progress) -> bool:
         """WHEN: the interval has passed, or this is the best model so far and the best is kept."""
-        if now.global_step == last.global_step:
+        if (now.global_step, now.epoch_end) == (last.global_step, last.epoch_end):
             return False
         return self.due(now, last) or (self.keep_best > 0 and now.is_best)
 
@@ -102,6 +104,8 @@ class CheckpointPolicy(ABC):
         """WHAT: the global steps, out of `saved` (in any order), that rotation must leave alone."""
         steps = sorted(s.global_step for s in saved)
         keep = set(steps[-self.keep :])
+        # However long a run goes on after it has diverged: the way back stays open.
+        keep.update(sorted(s.global_step for s in saved if s.finite)[-1:])
 
         scored = [(value, s.global_step) for s in saved if (value := s.metrics.get(self.monitor)) is not None]
         # On a tie the older one stays: rotating it away would gain nothing.

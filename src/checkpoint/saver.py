@@ -1,5 +1,6 @@
 """The save in the background: a snapshot in the loop's thread, all that follows in a thread of its own."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,6 +8,7 @@ from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from src.background import byte_bar, yield_to_training
 from src.checkpoint.catalog import Catalog
@@ -26,6 +28,8 @@ class Committed:
     """Size of all its files."""
     at: float
     """On the clock of `time.monotonic()`."""
+    evaluated: bool
+    """It holds the metrics of its state."""
 
 
 @dataclass
@@ -112,9 +116,18 @@ class Saver:
     def _write(self, snapshot: Snapshot, manifest: Manifest) -> Committed:
         host_state = snapshot.complete()
         self._before_commit()
-        manifest = replace(manifest, loss=float(host_state["loss"]))
-        path, manifest = write_checkpoint(self._catalog.directory, host_state, manifest)
+        loss = float(host_state["loss"])
+        manifest = replace(manifest, loss=loss, finite=math.isfinite(loss) and _all_finite(host_state))
+        path, manifest = write_checkpoint(self._catalog, host_state, manifest)
         durable = time.monotonic()
         self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)
-        return Committed(path, manifest.nbytes, durable)
+        return Committed(path, manifest.nbytes, durable, evaluated=bool(manifest.metrics))
+
+
+def _all_finite(host_state: dict[str, Any]) -> bool:
+    """Whether the weights are numbers. The loss tells of it only a step later."""
+    # One pass, in each tensor's own type: a sum is finite only if all of it is. (One too large to be a float32 is no
+    # model either.)
+    weights = host_state["model_state_dict"].values()
+    return all(math.isfinite(tensor.sum()) for tensor in weights if tensor.is_floating_point())

@@ -10,14 +10,15 @@ from typing import IO, Any, cast
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from src.checkpoint.catalog import TEMPORARY_PREFIX, checkpoint_name
+from src.checkpoint.catalog import Catalog, checkpoint_name
 from src.checkpoint.direct import DirectFile
-from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, FileEntry, Manifest
+from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, FileEntry, Manifest, read_manifest
+from src.errors import CheckpointError
 from src.storage.local import fsync_directory, write_durably
 
 
-def write_checkpoint(directory: Path, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
-    """Commit `state` as `directory/step_…/`, described by `manifest` (whose `files` are filled in here).
+def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
+    """Commit `state` as `step_…/`, described by `manifest` (whose `files` are filled in here).
 
     Everything is written and fsynced under a temporary name, the manifest last; then one rename makes
     it a checkpoint. A kill at any instant leaves either nothing visible or all of it.
@@ -30,24 +31,30 @@ def write_checkpoint(directory: Path, state: dict[str, Any], manifest: Manifest)
 
     Raises:
         OSError: the disk refused (full, read-only, gone); nothing is left behind.
-        FileExistsError: this step has a checkpoint already; a committed one is never overwritten.
+        FileExistsError: this step has a checkpoint already. Only one from before the evaluation of its state, for
+            which there was no time then, is replaced by one from after it.
     """
-    final = directory / checkpoint_name(manifest.global_step)
-    if final.exists():
+    final = catalog.directory / checkpoint_name(manifest.global_step)
+    if final.exists() and not _replaces(manifest, final):
         raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
-    temporary = directory / (TEMPORARY_PREFIX + final.name)
+    temporary = catalog.temporary(manifest.global_step)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         manifest = replace(manifest, files={STATE_NAME: _write_state(temporary / STATE_NAME, state)})
         write_durably(temporary / MANIFEST_NAME, manifest.to_json())
         fsync_directory(temporary)
-        temporary.rename(final)
-        fsync_directory(directory)
+        return catalog.adopt(temporary), manifest
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return final, manifest
+
+
+def _replaces(manifest: Manifest, path: Path) -> bool:
+    try:
+        return bool(manifest.metrics) and not read_manifest(path / MANIFEST_NAME).metrics
+    except (CorruptCheckpoint, CheckpointError):
+        return False
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> FileEntry:
