@@ -1,9 +1,11 @@
 """From the bucket: resume by URL, and what is done about damage there. The machine itself goes in test_mirror.py."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,12 @@ from tests.store import ROOT, RUN, Network, Store, damage, on_s3, steps_here, st
 from tests.test_resume import differences, state
 
 Train = Callable[..., Result]
+
+
+def fetched(store: Store, bucket: str, step: int) -> Any:
+    """The state of a checkpoint as it is in the bucket."""
+    body = store.read(bucket, f"{ROOT}/checkpoints/step_{step:08d}/state.pt")
+    return torch.load(io.BytesIO(body), weights_only=True)
 
 
 def test_resume_and_init_from_take_urls(train: Train, store: Store, bucket: str) -> None:
@@ -75,7 +83,49 @@ def test_starting_over_on_purpose_retires_all_of_the_bucket(train: Train, store:
     assert steps_there(store, bucket) == [5, 10, 13]
 
 
+def test_going_back_where_the_bucket_could_not_see_it_counts_all_the_same(
+    train: Train, store: Store, bucket: str
+) -> None:
+    """Else the abandoned future would be the newest checkpoint as soon as the mirror is there again."""
+    options = (*TINY, "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, *on_s3(store, bucket), "trainer.epochs=2")
+    train(*options, f"resume={RUN}/checkpoints/step_00000010", "trainer.epochs=1")
+    assert steps_here() == [5, 10, 13]
+    result = train(*options, *on_s3(store, bucket), "trainer.epochs=1")
+    assert "has above step 10 does not count any more" in result.output
+    assert "step 13, epoch 1" in result.output
+    assert steps_there(store, bucket) == [5, 10, 13]
+
+
+def test_going_back_on_another_machine_counts_on_this_one(train: Train, store: Store, bucket: str) -> None:
+    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, "trainer.epochs=2")
+    RUN.rename("asleep")
+    train(*options, f"resume=s3://{bucket}/{ROOT}/checkpoints/step_00000010", "trainer.epochs=1")
+    shutil.rmtree(RUN)
+    Path("asleep").rename(RUN)
+    result = train(*options, "trainer.epochs=1")
+    assert result.status == 0, result.output
+    assert "step 13, epoch 1" in result.output
+    assert "step_00000026 is retired" in result.output
+    assert steps_here() == [5, 10, 13]
+    assert differences(state(13), fetched(store, bucket, 13)) == []
+
+
 # --- damage in the bucket ---
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing", "no manifest of ours"])
+def test_what_was_damaged_in_the_bucket_and_is_whole_here_is_uploaded_again(
+    train: Train, store: Store, bucket: str, how: str
+) -> None:
+    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5")
+    train(*options, "trainer.epochs=1")
+    damage(store, bucket, 10, how)
+    result = train(*options, "trainer.epochs=1")
+    assert result.status == 0, result.output
+    assert differences(fetched(store, bucket, 10), state(10)) == []
+    assert RemoteCatalog(Bucket(bucket, endpoint_url=store.endpoint), f"{ROOT}/checkpoints").verify(10)
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing", "no manifest of ours"])

@@ -1,13 +1,13 @@
 """Committed checkpoints -> bucket, in the background, newest first; and back, on a machine that has none."""
 
 import logging
+import math
 import os
-import random
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from src.background import byte_bar, yield_to_training
 from src.checkpoint.catalog import RETIRED, Catalog, checkpoint_name
 from src.checkpoint.manifest import CorruptCheckpoint, Manifest
+from src.checkpoint.outage import Outage
 from src.checkpoint.policy import CheckpointPolicy, Saved
 from src.checkpoint.remote import Connect, RemoteCatalog
 from src.checkpoint.run_files import RunFiles
@@ -27,10 +28,7 @@ from src.storage.transfer import Damaged, abort_uploads
 
 log = logging.getLogger(__name__)
 
-_PAUSES = (1.0, 60.0)  # seconds between tries during an outage: the first, and the longest
-_PAUSE_AT_THE_END = 5.0  # the longest while the end of the run waits
 _FILES_EVERY = 30.0  # seconds between uploads of log and TensorBoard's events
-_WARN_AGAIN = 60.0  # seconds after the first warning of an outage; then ever more seldom
 
 
 class Mirror:
@@ -59,6 +57,9 @@ class Mirror:
         """Steps that were abandoned there on purpose, for others that may never have arrived."""
         return []
 
+    def forget(self, above: int) -> None:
+        """What is there above that step does not count any more; `begin` sets it aside."""
+
     def begin(self, above: int, label: str = RETIRED) -> None:
         """Begin to mirror, now that it is known where training goes on: what is there above that step is abandoned,
         and set aside under this label."""
@@ -81,8 +82,12 @@ class Mirror:
         """What is on the disk and not yet there, for TensorBoard."""
         return {}
 
-    def flush(self) -> None:
-        """Wait until everything is there, within limits; says what is not. Does nothing the second time."""
+    def flush(self, patience: Callable[[], float] = lambda: math.inf) -> None:
+        """Wait until everything is there, within limits; says what is not. Does nothing the second time.
+
+        Args:
+            patience: For how many seconds from now at most; asked again and again.
+        """
 
     def insist(self) -> None:
         """To be called at the very end.
@@ -138,18 +143,16 @@ class BucketMirror(Mirror):
         )
         # What the thread, the loop, and the thread that writes checkpoints all look at.
         self._lock = threading.RLock()
+        self._forgotten: frozenset[int] = frozenset()
         self._mirrored: dict[int, Manifest | None] = {}  # None: not read yet, or unreadable
+        self._unchecked: set[int] = set()  # there since an earlier life, and here: compared when nothing else is due
         self._wanted: set[int] = set()
         self._commits = 0
         self._newest = 0  # mirrored step
         self._arrived = 0  # bytes of the upload in progress
         self._lag = {"mirror/checkpoints_waiting": 0.0, "mirror/megabytes_waiting": 0.0}
         self._files_at = float("-inf")  # when they were uploaded last
-        self._failing_since: float | None = None
-        self._warn_at = 0.0
-        self._trouble = ""
-        # Of its own: python's global generator is part of a checkpoint.
-        self._jitter = random.Random()  # noqa: S311
+        self._outage = Outage()
         self._flushing = threading.Event()
         self._flushed = threading.Event()
         self._closing = threading.Event()
@@ -211,6 +214,11 @@ class BucketMirror(Mirror):
         with _or_no_training():
             return self._remote.were_set_aside(RETIRED)
 
+    def forget(self, above: int) -> None:
+        """Leave out of `steps` what is above that step."""
+        self._forgotten = frozenset(step for step in self.steps if step > above)
+        self.steps -= self._forgotten
+
     def begin(self, above: int, label: str = RETIRED) -> None:
         """Sweep what a killed life left half-done, set aside what has been abandoned, and start the thread.
 
@@ -218,8 +226,8 @@ class BucketMirror(Mirror):
             CheckpointError: the bucket refused.
         """
         with _or_no_training():
-            for step in sorted(self.steps):
-                if step > above:
+            for step in sorted(self.steps | self._forgotten):
+                if step > above or step in self._forgotten:
                     log.warning("%s no longer counts: its manifest is renamed ….%s", self._remote.url(step), label)
                     self._remote.set_aside(step, label)
             self._sweep()
@@ -227,6 +235,7 @@ class BucketMirror(Mirror):
         self._mirrored = {step: None for step in self.steps if step <= above}
         self._newest = max(self._mirrored, default=0)
         local = list(self._catalog.by_step())
+        self._unchecked = self._mirrored.keys() & set(local)
         self._wanted = set(local if self._every == 1 else local[-1:])
         self._lag = self._measure_lag()
         log.info("mirroring to %s", self.url)
@@ -235,7 +244,9 @@ class BucketMirror(Mirror):
     def committed(self, global_step: int) -> None:
         """Mirror it, if it is its turn."""
         with self._lock:
-            if self._commits % self._every == 0:
+            replaced = global_step in self._mirrored
+            self._mirrored.pop(global_step, None)
+            if replaced or self._commits % self._every == 0:
                 self._wanted.add(global_step)
             self._commits += 1
         with suppress(OSError):  # a disk that cannot be listed is no failure of the save
@@ -258,7 +269,7 @@ class BucketMirror(Mirror):
         """Checkpoints and megabytes that are still to be uploaded, as of the last change."""
         return self._lag
 
-    def flush(self) -> None:
+    def flush(self, patience: Callable[[], float] = lambda: math.inf) -> None:
         """Wait until everything that should be in the bucket is there: up to `storage.flush_timeout` seconds."""
         if not self._thread.is_alive() or self._flushing.is_set():
             return
@@ -272,18 +283,20 @@ class BucketMirror(Mirror):
         deadline = time.monotonic() + self._flush_timeout
         total = self._bytes_waiting()
         with byte_bar(f"mirroring to {self.url}", total) as bar:
-            while not self._flushed.wait(0.1) and time.monotonic() < deadline and not self._lease.lost:
+            while (
+                not self._flushed.wait(0.1) and time.monotonic() < deadline and patience() > 0 and not self._lease.lost
+            ):
                 bar.update(max(0, total - self._bytes_waiting() - bar.n))
         if not self._flushed.is_set():
             names = ", ".join(map(checkpoint_name, self._waiting())) or "log and events"
-            log.error("not in %s: %s%s", self.url, names, f" ({self._trouble})" if self._trouble else "")
+            log.error("not in %s: %s%s", self.url, names, self._outage.because)
 
     def insist(self) -> None:
         """Raises unless `flush` has brought everything there."""
         if not self._flushed.is_set():
             raise MirrorError(
                 f"the run is done and safe in its directory, but not all of it is in {self.url}"
-                f"{f' ({self._trouble})' if self._trouble else ''}; run the same command again to upload the rest"
+                f"{self._outage.because}; run the same command again to upload the rest"
             )
 
     def close(self) -> None:
@@ -312,7 +325,6 @@ class BucketMirror(Mirror):
 
     def _work(self) -> None:
         yield_to_training()
-        pause = _PAUSES[0]
         while not self._closing.is_set():
             self._news.clear()
             flushing = self._flushing.is_set()
@@ -324,14 +336,10 @@ class BucketMirror(Mirror):
                     return
                 if not isinstance(error, StoreError | OSError):
                     log.exception("the mirror tripped; it goes on")
-                self._say_trouble(error)
-                longest = _PAUSE_AT_THE_END if self._flushing.is_set() else _PAUSES[1]
-                self._hurry.wait(min(pause, longest) * self._jitter.uniform(0.5, 1.0))
+                self._hurry.wait(self._outage.failed(error, self._at_risk(), hurry=self._flushing.is_set()))
                 self._hurry.clear()
-                pause *= 2
                 continue
-            pause = _PAUSES[0]
-            self._say_recovered()
+            self._outage.over()
             if not busy:
                 if flushing:
                     self._flushed.set()
@@ -339,9 +347,10 @@ class BucketMirror(Mirror):
 
     def _turn(self, flushing: bool) -> bool:
         """Upload one checkpoint, or if there is none the other files. Returns whether to look again at once."""
-        step = max(self._waiting(), default=None)
+        step = max(self._waiting() or self._unchecked, default=None)
         if step is not None:
             self._upload(step)
+            self._unchecked.discard(step)
             self._rotate()
         if (flushing and step is None) or time.monotonic() - self._files_at >= _FILES_EVERY:
             self._upload_files()
@@ -370,21 +379,39 @@ class BucketMirror(Mirror):
         with self._catalog.hold(path) as there:
             if not there:
                 return
+            manifest = None
             try:
                 manifest = self._catalog.manifest(path)
+                if step in self._unchecked and self._knows_more(step, manifest):
+                    return
                 self._arrived = 0
                 # Log and curves go first: after the loss of this disk none of what led to the checkpoint is missing.
                 self._remote.upload(path, manifest, self._lease.confirm, self._upload_files, self._count)
             except (Damaged, CorruptCheckpoint, CheckpointError) as error:
+                if self._manifest_here(step) != manifest:  # it has just been replaced: the next turn
+                    return
                 log.error("%s is damaged and is not mirrored: %s", path, error)
                 with self._lock:
                     self._wanted.discard(step)
                 return
             finally:
                 self._arrived = 0
-        with self._lock:
-            self._mirrored[step] = manifest
+            with self._lock:
+                if self._manifest_here(step) in (manifest, None):
+                    self._mirrored[step] = manifest
         self._newest = max(self._newest, step)
+
+    def _knows_more(self, step: int, here: Manifest) -> bool:
+        """Whether the bucket has this checkpoint from after the evaluation that the one here had no time for."""
+        try:
+            there = self._remote.manifest(step)
+        except CorruptCheckpoint:
+            return False
+        if there.metrics and not here.metrics:
+            with self._lock:
+                self._mirrored[step] = there
+            return True
+        return False
 
     def _upload_files(self) -> None:
         self._lease.confirm()
@@ -392,29 +419,34 @@ class BucketMirror(Mirror):
 
     def _rotate(self) -> None:
         """Delete from the bucket what it no longer keeps; called after a newer one has been verified there."""
-        unread = [step for step, manifest in self._mirrored.items() if manifest is None]
+        with self._lock:
+            unread = [step for step, manifest in self._mirrored.items() if manifest is None]
         for step, found in self._remote.manifests(unread).items():
-            if isinstance(found, Manifest):
-                with self._lock:
+            with self._lock:
+                if isinstance(found, Manifest) and step in self._mirrored:
                     self._mirrored[step] = found
-        keep = self._policy.to_keep([self._saved(step) for step in self._mirrored])
-        for step in self._mirrored.keys() - keep:
+        with self._lock:
+            there = set(self._mirrored)
+            keep = self._policy.to_keep([self._saved(step) for step in there])
+        for step in there - keep:
             self._lease.confirm()
             self._remote.delete(step)
+            self._unchecked.discard(step)
             with self._lock:
-                del self._mirrored[step]
+                self._mirrored.pop(step, None)
 
     def _manifest(self, step: int) -> Manifest | None:
         """Of a checkpoint that is mirrored or on the disk; None if it is no good, or has just gone."""
-        manifest = self._mirrored.get(step)
-        if manifest is None:
-            with suppress(CorruptCheckpoint, CheckpointError, OSError):
-                manifest = self._catalog.manifest(self._catalog.directory / checkpoint_name(step))
-        return manifest
+        return self._mirrored.get(step) or self._manifest_here(step)
+
+    def _manifest_here(self, step: int) -> Manifest | None:
+        with suppress(CorruptCheckpoint, CheckpointError, OSError):
+            return self._catalog.manifest(self._catalog.directory / checkpoint_name(step))
+        return None
 
     def _saved(self, step: int) -> Saved:
         manifest = self._manifest(step)
-        return Saved(step, manifest.metrics if manifest else {})
+        return manifest.saved if manifest else Saved(step)
 
     def _size(self, step: int) -> int:
         manifest = self._manifest(step)
@@ -423,29 +455,11 @@ class BucketMirror(Mirror):
     def _count(self, nbytes: int) -> None:
         self._arrived += nbytes
 
-    def _say_trouble(self, error: Exception) -> None:
-        now = time.monotonic()
-        self._trouble = str(error)
-        if self._failing_since is None:
-            self._failing_since = self._warn_at = now
-        if now >= self._warn_at:
-            lasting = now - self._failing_since
-            self._warn_at = now + max(_WARN_AGAIN, lasting)
-            waiting = self._lag
-            log.warning(
-                "mirror: %s. Training goes on, and so do the tries%s; only on this disk: %d checkpoints (%.0f MB), "
-                "the newest in the bucket is of step %d",
-                error,
-                f" (since {lasting:.0f} s)" if lasting >= 1 else "",
-                waiting["mirror/checkpoints_waiting"],
-                waiting["mirror/megabytes_waiting"],
-                self.newest_step(),
-            )
-
-    def _say_recovered(self) -> None:
-        if self._failing_since is not None:
-            log.info("mirror: works again, after %.0f s", time.monotonic() - self._failing_since)
-            self._failing_since, self._trouble = None, ""
+    def _at_risk(self) -> str:
+        return (
+            f"only on this disk: {self._lag['mirror/checkpoints_waiting']:.0f} checkpoints "
+            f"({self._lag['mirror/megabytes_waiting']:.0f} MB), the newest in the bucket is of step {self._newest}"
+        )
 
 
 @contextmanager

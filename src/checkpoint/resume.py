@@ -29,8 +29,8 @@ class Found:
     state: dict[str, Any]
     origin: str | None
     """The `resume=PATH` that this and all later checkpoints of the run go back to."""
-    retire_above: int | None = None
-    """Going on from here abandons this run's checkpoints above this step; None if there is nothing to abandon."""
+    retire_above: int
+    """Going on from here abandons this run's checkpoints above this step."""
     foreign: bool = False
     """It is another run's: this one has no checkpoint of the state yet."""
 
@@ -78,7 +78,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
     Raises:
         CheckpointError: there are checkpoints, but none can be read. Training must not start over by itself.
     """
-    local = catalog.by_step()
+    local, retire_above = _in_force(catalog, mirror)
     damaged: dict[Path, str] = {}
     reasons: list[str] = []
     for step in sorted(local.keys() | mirror.steps, reverse=True):
@@ -102,6 +102,8 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
                 else:
                     _set_aside(catalog, damaged)
                     damaged.clear()
+                    if retire_above is not None:
+                        catalog.retire_above(retire_above)
                     path = catalog.adopt(fetched)
                     try:
                         return (path, *load_checkpoint(path))
@@ -109,10 +111,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
                         damaged[path] = str(error)
                         reasons.append(f"{path.name}: {error}")
         except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror or error}). Mend the disk and run the same command again; if "
-                "it is beyond mending, rename the folder, and the checkpoint before it is used"
-            ) from error
+            raise _unreadable(path, error) from error
     for label in (CORRUPT, RETIRED):
         reasons += [f"{path.name}: set aside earlier" for path in catalog.were_set_aside(label)]
     reasons += [f"step {step} in {mirror.url}: retired earlier" for step in mirror.retired()]
@@ -144,7 +143,7 @@ def find_to_resume(catalog: Catalog, resume: str, mirror: Mirror) -> Found | Non
     found = newest_good(catalog, mirror)
     if found is None and resume == "required":
         raise CheckpointError(f"resume=required, but {catalog.directory} has no checkpoint; resume=auto starts afresh")
-    return Found(*found, origin=found[1].resumed_from) if found else None
+    return Found(*found, found[1].resumed_from, found[1].global_step) if found else None
 
 
 def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -201,7 +200,7 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
         found = newest_good(catalog, mirror)
         if found is not None:
             log.info("resume=%s: already done; going on from what came of it", place)
-            return Found(*found, origin=origin)
+            return Found(*found, origin, found[1].global_step)
     with at_hand("resume", place, mirror.connect, catalog.directory) as path:
         source = checkpoint_at("resume", path).resolve()
         try:
@@ -209,17 +208,60 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"resume={place}: {error}") from error
         is_own = source.parent == catalog.directory.resolve()
-        return Found(
-            source, manifest, state, origin, retire_above=manifest.global_step if is_own else -1, foreign=not is_own
-        )
+        return Found(source, manifest, state, origin, manifest.global_step if is_own else -1, foreign=not is_own)
+
+
+def _in_force(catalog: Catalog, mirror: Mirror) -> tuple[dict[int, Path], int | None]:
+    """The checkpoints here that count, without those that have been abandoned in the bucket's history.
+
+    If the newest ones here and there descend from different `resume=PATH`s, training went back on purpose at one
+    place while the other was out of reach (with storage=local, or on another machine). The later of the two is in
+    force; what the other place has above the step that was gone back to is not.
+
+    Returns:
+        Them, and the step above which those here have to be retired before one is fetched; None if none do.
+    """
+    local = catalog.by_step()
+    here = _newest_manifest(catalog) if mirror.steps else None
+    there = mirror.newest_manifest() if here else None
+    if here is None or there is None or here.resumed_from == there.resumed_from:
+        return local, None
+    in_force, where = (here, mirror.url) if here.created >= there.created else (there, catalog.directory)
+    fork = _gone_back_to(in_force.resumed_from, catalog, mirror)
+    log.warning("training has gone back since: what %s has above step %d does not count any more", where, fork)
+    if in_force is here:
+        mirror.forget(above=fork)
+        return local, None
+    return {step: path for step, path in local.items() if step <= fork}, fork
+
+
+def _gone_back_to(origin: str | None, catalog: Catalog, mirror: Mirror) -> int:
+    """The step of this run that an origin names; -1 if it is another run's, or none: all is then abandoned."""
+    step = step_of(Path(origin or ""))
+    is_own = origin is not None and (
+        Path(origin).parent == catalog.directory.resolve() or origin.startswith(f"{mirror.url}/")
+    )
+    return step if step is not None and is_own else -1
 
 
 def _descends(catalog: Catalog, mirror: Mirror, origin: str) -> bool:
     """Whether the newest checkpoint, here or in the mirror, goes back to this `resume=PATH`."""
-    newest = [manifest for _, manifest in catalog.readable()[-1:]]
-    if (elsewhere := mirror.newest_manifest()) is not None:
-        newest.append(elsewhere)
-    return bool(newest) and max(newest, key=lambda manifest: manifest.global_step).resumed_from == origin
+    newest = [found for found in (_newest_manifest(catalog), mirror.newest_manifest()) if found is not None]
+    return bool(newest) and max(newest, key=lambda manifest: manifest.created).resumed_from == origin
+
+
+def _newest_manifest(catalog: Catalog) -> Manifest | None:
+    try:
+        return next((manifest for _, manifest in reversed(catalog.readable())), None)
+    except OSError as error:
+        raise _unreadable(catalog.directory, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read ({error.strerror or error}). Mend the disk and run the same command again; if "
+        "it is beyond mending, rename the folder, and the checkpoint before it is used"
+    )
 
 
 def _set_aside(catalog: Catalog, damaged: Mapping[Path, str]) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from src.errors import ConfigError, require_choice, require_int, require_number
+from src.errors import ConfigError, require_choice, require_int, require_no_credentials, require_number
 from src.storage.bucket import Bucket
 from src.storage.failures import Conflict, StoreError
 from src.storage.local import LocalStorage
@@ -63,15 +63,8 @@ class S3Storage(LocalStorage):
         if not re.fullmatch(r"([\w.-]+(/[\w.-]+)*)?", prefix) or {".", ".."} & set(prefix.split("/")):
             raise ConfigError("storage.prefix", prefix, "must be names of letters, digits, '.', '_', '-' between '/'s")
         if endpoint_url is not None:
+            require_no_credentials("storage.endpoint_url", endpoint_url)
             parts = urlsplit(endpoint_url)
-            if parts.username or parts.password:
-                secret_free = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-                raise ConfigError(
-                    "storage.endpoint_url",
-                    secret_free,
-                    "must not hold credentials, which would end up in files and "
-                    "logs; boto3 finds them in the environment, ~/.aws, or the machine's role",
-                )
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ConfigError("storage.endpoint_url", endpoint_url, "must be like https://host:port")
         if encryption is not None:

@@ -19,6 +19,7 @@ from src.storage.failures import StoreError
 
 _MIB = 1024 * 1024
 _PART = 16 * _MIB  # bytes
+_LEAST = 5 * _MIB  # that S3 takes, but for the last
 _MOST_PARTS = 10_000  # that an upload may have
 _THREADS = 4  # parts at once, each in a buffer of its own: what bounds memory
 
@@ -54,7 +55,7 @@ def upload(
         OSError: it cannot be read.
         StoreError: the store did not take it, or has something else than was sent.
     """
-    part = max(_PART, -(-size // (_MOST_PARTS * _MIB)) * _MIB)
+    part = _part_size(size)
     with path.open("rb", buffering=0) as file:
         if size <= part:
             sent = _upload_whole(bucket, file.fileno(), key, size, crc, confirm)
@@ -171,6 +172,13 @@ def _upload_parts(
             bucket.ask("abort_multipart_upload", key, UploadId=upload_id)
         raise
     return whole
+
+
+def _part_size(size: int) -> int:
+    """At most `_PART`, unless there would be too many; and such that in the last round all threads have one."""
+    rounds = -(-size // (_PART * _THREADS))
+    even = max(_LEAST, -(-size // (rounds * _THREADS)))
+    return max(even, -(-size // _MOST_PARTS))
 
 
 def look(bucket: Bucket, key: str) -> Stat | None:
