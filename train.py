@@ -12,7 +12,7 @@ from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.mirror import open_mirror
 from src.launch import build, one_line_errors
-from src.preemption import StopSignals
+from src.preemption import Stop
 from src.run import Run, register_resolvers
 from src.summary import summarize
 from src.tracker import Tracker
@@ -29,6 +29,7 @@ def main(config: DictConfig) -> float:
         policy = build("checkpoint", config.checkpoint)
         storage = build("storage", config.storage)
         data = build("data", config.data)
+        preemption = build("preemption", config.preemption)
 
         trainer.set_up()
         shape = {"num_classes": len(data.classes), "channels": data.channels, "image_size": data.image_size}
@@ -54,7 +55,7 @@ def main(config: DictConfig) -> float:
         )
         with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            with StopSignals() as stop:
+            with Stop(trainer.grace) as stop, preemption.watch(stop):
                 trainer.fit(state, data, checkpointer, tracker, stop)
             best = summarize(run, state, checkpointer, mirror, tracker)
         mirror.insist()

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from urllib.parse import urlsplit
 
 
 class HoldfastError(Exception):
@@ -31,6 +32,12 @@ class MirrorError(HoldfastError):
     exit_code = 4
 
 
+class DivergedError(HoldfastError):
+    """The loss is no number any more."""
+
+    exit_code = 5
+
+
 def require_int(key: str, value: Any, minimum: int, what: str) -> None:
     """Raise ConfigError unless `value` is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -52,6 +59,18 @@ def require_number(
         bounds = ((">=", at_least), (">", above), ("<", below))
         wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
         raise ConfigError(key, value, f"must be a number {wanted} ({what})")
+
+
+def require_no_credentials(key: str, url: str) -> None:
+    """Raise ConfigError, without repeating them, if a URL holds a user's name or password."""
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise ConfigError(
+            key,
+            parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
+            "must not hold credentials, which would end up in files and logs; boto3 finds them in the environment, "
+            "~/.aws, or the machine's role",
+        )
 
 
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:

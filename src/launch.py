@@ -11,13 +11,15 @@ from typing import Any, get_args, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.errors import ConfigError, HoldfastError
+from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
+from src.run import flatten
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
@@ -79,6 +81,26 @@ def _settings(config: DictConfig) -> dict[str, Any]:
 
 def _call(config: DictConfig) -> str:
     return f"{config['_target_']}({', '.join(f'{name}={value}' for name, value in _settings(config).items())})"
+
+
+class RefuseCredentials(Callback):
+    """Ends the program before Hydra writes a config that holds a password to the disk."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Look at the values of one run."""
+        plain = OmegaConf.to_container(config)
+        assert isinstance(plain, dict)
+        for key, value in flatten({str(group): values for group, values in plain.items() if group != "hydra"}).items():
+            if isinstance(value, str) and "://" in value:
+                try:
+                    require_no_credentials(key, value)
+                except ConfigError as error:  # Hydra would make a warning of it
+                    print(f"error: {error}", file=sys.stderr)
+                    sys.exit(error.exit_code)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Look at the values that all runs of a sweep share."""
+        self.on_run_start(config, **kwargs)
 
 
 @contextmanager

@@ -74,9 +74,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def cpu_rng_preserved() -> Iterator[None]:
     """Leave the CPU generators as they were, whatever is drawn or seeded inside."""
     python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+    try:
+        yield
+    finally:
+        try:
+            restore()
+        except BaseException:  # a signal's handler has raised half-way through, which it does once only
+            restore()
+            raise

@@ -31,6 +31,9 @@ RESULT_NEUTRAL = (
     "trainer.workers",
     "trainer.deterministic",
     "trainer.log_every",
+    "trainer.grace",
+    "trainer.on_nan",
+    "preemption",
     "data.download",
 )
 """Config keys, with all below them, that do not say what is trained, only how long, where, or how it is watched.
@@ -109,9 +112,7 @@ class Run:
     @classmethod
     @contextmanager
     def open(cls, config: DictConfig) -> Iterator["Run"]:
-        """The run that Hydra made a directory for, locked: this process is the only one that writes to it.
-
-        The kernel lets go of the lock when the process ends, however it ends.
+        """The run that Hydra made a directory for, locked.
 
         Raises:
             HoldfastError: another process has the lock; names it.
@@ -119,19 +120,32 @@ class Run:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         directory = Path(HydraConfig.get().runtime.output_dir)
-        # Not inheritable, so neither workers nor helpers keep a dead run locked.
-        try:
-            file = (directory / ".lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError("hydra.run.dir", directory, f"cannot be written to ({error.strerror})") from error
-        with file:
-            _acquire(file, directory)
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        with locked(directory):
             name = name_of(directory, Path(HydraConfig.get().runtime.cwd))
             yield cls(directory, name, {str(key): value for key, value in resolved.items()})
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Be the only process that writes to a run directory. The kernel lets go of the lock when the process ends,
+    however it ends.
+
+    Raises:
+        HoldfastError: another process has the lock; names it.
+        ConfigError: the directory cannot be written to.
+    """
+    # Not inheritable, so neither workers nor helpers keep a dead run locked.
+    try:
+        file = (directory / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("hydra.run.dir", directory, f"cannot be written to ({error.strerror})") from error
+    with file:
+        _acquire(file, directory)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def name_of(directory: Path, start: Path) -> str:

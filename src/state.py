@@ -1,7 +1,7 @@
 """The whole state of a training run: what a checkpoint holds, and what exact resume needs."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,20 @@ class TrainState:
         weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         moments = sum(2 * parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         return weights + moments
+
+    def undo_point(self) -> Callable[[], None]:
+        """Call what this returns to take back a forward and backward: buffers, loss, random generators are then as
+        they are now. (Gradients are no part of the state.)"""
+        changed = [*self.model.buffers(), self.loss, self.totals]
+        as_now = [tensor.clone() for tensor in changed]
+        generators = rng_state()
+
+        def undo() -> None:
+            for tensor, saved in zip(changed, as_now, strict=True):
+                tensor.copy_(saved)
+            set_rng_state(generators)
+
+        return undo
 
     def advance(self, samples: int) -> None:
         """Count one optimizer step on `samples` samples."""

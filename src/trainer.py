@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.policy import CheckpointPolicy
 from src.data.datasets import Data
 from src.data.loader import ResumableLoader
-from src.errors import ConfigError, require_choice, require_int, require_number
-from src.preemption import Stopped, StopSignals
+from src.errors import ConfigError, DivergedError, require_choice, require_int, require_number
+from src.preemption import Interrupted, Stop, Stopped
 from src.rng import seed_everything
 from src.state import TrainState
 from src.tracker import Tracker
@@ -31,7 +33,7 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 class Trainer:
-    """Trains a classifier. Holds settings only; all that changes is in `TrainState`."""
+    """Trains a classifier. Holds settings; all that changes and that a checkpoint needs is in `TrainState`."""
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class Trainer:
         deterministic: bool = True,
         workers: int = 0,
         log_every: int = 10,
+        grace: float = 60.0,
+        on_nan: str = "stop",
     ) -> None:
         """
         Args:
@@ -62,6 +66,8 @@ class Trainer:
             workers: Processes that load training data, and as many that load validation data; 0 loads in
                 the main one. Results do not depend on it.
             log_every: Steps between fetches of the loss from the device.
+            on_nan: `stop` or `warn` when the loss is no number any more. It is looked at every `log_every` steps.
+            grace: Seconds from a request to stop, after which a step that hangs is given up and uploads end.
 
         Raises:
             ConfigError: a value cannot work here.
@@ -76,6 +82,8 @@ class Trainer:
             require_number("trainer.clip_grad_norm", clip_grad_norm, "largest norm of the gradient, or null", above=0)
         require_int("trainer.workers", workers, 0, "processes that load data")
         require_int("trainer.log_every", log_every, 1, "steps between log entries")
+        require_choice("trainer.on_nan", on_nan, ("stop", "warn"))
+        require_number("trainer.grace", grace, "seconds from a request to stop", at_least=0)
         self.epochs = epochs
         self.seed = seed
         self.device = _find_device(device)
@@ -87,6 +95,10 @@ class Trainer:
         self.deterministic = deterministic
         self.workers = workers
         self.log_every = log_every
+        self.grace = grace
+        self.on_nan = on_nan
+        self._diverged = False
+        self._compiled: set[torch.Size] = set()  # shapes of batches
 
     def set_up(self) -> None:
         """Seed everything and choose deterministic algorithms. Call it before the model is built."""
@@ -149,42 +161,53 @@ class Trainer:
                 "BatchNorm needs more than one; choose another",
             )
 
-    def fit(
-        self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: StopSignals
-    ) -> None:
-        """Train from wherever `state` is to the end of the last epoch, or until a signal asks to stop.
-
-        Nothing in a step waits for the GPU, except a GradScaler's own check (fp16) and the log's fetch
-        of the loss every `log_every` steps.
+    def fit(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: Stop) -> None:
+        """Train from wherever `state` is to the end of the last epoch, or until asked to stop, and save the last state.
 
         Raises:
             CheckpointError: checkpoints cannot be saved any more.
-            Stopped: a signal came; the state is saved.
+            Stopped: it was asked to stop; the state is saved.
+        """
+        try:
+            self._train(state, data, checkpointer, tracker, stop)
+        except Interrupted:
+            log.info("asked to stop by %s: saving step %d", stop.reason, state.global_step)
+        stop.heeded()
+        checkpointer.finish(state, stop.seconds_left)
+        if stop.requested is not None:  # also if it came at the very end: there may be other runs to come
+            raise Stopped(stop.requested, stop.reason, state.global_step)
+
+    def _train(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: Stop) -> None:
+        """The loop.
+
+        Nothing in a step waits for the GPU, except a GradScaler's own check (fp16) and the log's fetch
+        of the loss every `log_every` steps.
         """
         if state.epoch >= self.epochs:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
-            checkpointer.finish(state)
             return
         # Dynamic shapes would make the code of a step depend on the shapes of earlier ones, which a resumed
         # process has not seen: other code, other last bits.
         model: Any = torch.compile(state.model, dynamic=False) if self.compile else state.model
         optimizer, scaler = state.optimizer, state.scaler
         train_batches, val_batches = self._loaders(data)
-        tracker.start(state.global_step, self.total_steps(data), self.epochs, EVALUATION_METRICS)
+        total_steps = self.total_steps(data)
+        tracker.start(state.global_step, total_steps, self.epochs, EVALUATION_METRICS, lambda: checkpointer.stall_total)
 
         while state.epoch < self.epochs:
             model.train()
-            for images, labels in train_batches.epoch(state.epoch, start=state.samples):
+            for images, labels in stop.between(train_batches.epoch(state.epoch, start=state.samples)):
                 optimizer.zero_grad()
-                state.loss.zero_()
-                for x, y in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True):
-                    x, y = self._to_device(x, y)
-                    with self._autocast():
-                        logits = model(x)
-                        loss = cross_entropy(logits, y, reduction="sum") / len(images)
-                    scaler.scale(loss).backward()
-                    state.loss += loss.detach()
-                    state.totals[1] += (logits.detach().argmax(1) == y).sum()
+                with self._compiling(images.shape, state, stop):
+                    state.loss.zero_()
+                    for x, y in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True):
+                        x, y = self._to_device(x, y)
+                        with self._autocast():
+                            logits = model(x)
+                            loss = cross_entropy(logits, y, reduction="sum") / len(images)
+                        scaler.scale(loss).backward()
+                        state.loss += loss.detach()
+                        state.totals[1] += (logits.detach().argmax(1) == y).sum()
                 state.totals[0] += state.loss * len(images)
 
                 checkpointer.wait_for_snapshot()  # of the step before: parameters may change now
@@ -199,21 +222,18 @@ class Trainer:
                 if state.global_step % self.log_every == 0:
                     metrics = self._training_metrics(state, grad_norm) | checkpointer.lag(state)
                     tracker.log_step(state.global_step, state.epoch, metrics)
+                    self._look_at_the_loss(metrics["train/loss"], state.global_step, checkpointer)
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
                     checkpointer.step(state)
-                    if stop.requested:
-                        checkpointer.finish(state)
-                        raise Stopped(stop.requested, state.global_step)
 
+            with self._undone_if_left(state, stop):
+                metrics = self.evaluate(model, val_batches)
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
-            metrics = self.evaluate(model, val_batches)
             state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
             averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
             tracker.log_epoch(state.global_step, state.epoch, averages | metrics)
             self._show_predictions(model, data, tracker, state.global_step)
             checkpointer.step(state)
-
-        checkpointer.finish(state)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: ResumableLoader) -> dict[str, float]:
@@ -230,6 +250,28 @@ class Trainer:
             count += len(images)
         loss, accuracy = (totals / count).tolist()
         return dict(zip(EVALUATION_METRICS, (loss, accuracy), strict=True))
+
+    @contextmanager
+    def _compiling(self, shape: torch.Size, state: TrainState, stop: Stop) -> Iterator[None]:
+        """A forward and backward. The first with a shape may take minutes of compiling, in which a request to stop
+        would have to wait: it is left in the middle, and undone."""
+        if not self.compile or shape in self._compiled:
+            yield
+            return
+        with self._undone_if_left(state, stop):
+            yield
+        self._compiled.add(shape)
+
+    @contextmanager
+    def _undone_if_left(self, state: TrainState, stop: Stop) -> Iterator[None]:
+        """What may be left in the middle, though it changes buffers or draws random numbers."""
+        undo = state.undo_point()
+        try:
+            with stop.leaving_allowed():
+                yield
+        except Interrupted:
+            undo()
+            raise
 
     def _clip_gradients(self, model: nn.Module) -> Tensor | None:
         """Returns the norm before clipping, on the device; None if there is no clipping."""
@@ -249,6 +291,23 @@ class Trainer:
             "train/grad_norm": norm,
             "train/lr": state.scheduler.get_last_lr()[0],
         }
+
+    def _look_at_the_loss(self, loss: float, global_step: int, checkpointer: Checkpointer) -> None:
+        if math.isfinite(loss):
+            self._diverged = False
+            return
+        if self._diverged:
+            return
+        self._diverged = True
+        good = checkpointer.newest_finite()
+        way_back = f"init_from={os.path.relpath(good)}" if good else "none has been saved"
+        if self.on_nan == "stop":
+            raise DivergedError(
+                f"the loss is {loss} at step {global_step}: training stops (trainer.on_nan=stop). The newest "
+                f"checkpoint with numbers in it: {way_back}. Begin a new run there (run=NAME) with a smaller "
+                "optimizer.lr or with trainer.clip_grad_norm, or go on regardless with trainer.on_nan=warn"
+            )
+        log.warning("the loss is %s at step %d; the newest checkpoint before it: %s", loss, global_step, way_back)
 
     @torch.no_grad()
     def _show_predictions(self, model: nn.Module, data: Data, tracker: Tracker, global_step: int) -> None:

@@ -1,5 +1,7 @@
 """The hand-written loop: what a step computes, and what it must not do."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from src import schedules
-from src.checkpoint.catalog import Catalog
+from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.policy import EverySteps
 from src.data.datasets import Data, synthetic
 from src.models import small_cnn
-from src.preemption import StopSignals
+from src.preemption import Stop
 from src.state import TrainState
 from src.tracker import Tracker
 from src.trainer import Trainer
+from tests.conftest import TINY, Result
 
 
 def linear(data: Data) -> nn.Module:
@@ -26,7 +29,9 @@ def linear(data: Data) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(data.channels * data.image_size**2, len(data.classes)))
 
 
-def fit(directory: Path, data: Data, model: nn.Module, *, lr: float = 0.1, **settings: Any) -> TrainState:
+def fit(
+    directory: Path, data: Data, model: nn.Module, *, lr: float = 0.1, stop: Stop | None = None, **settings: Any
+) -> TrainState:
     trainer = Trainer(device="cpu", **settings)
     trainer.set_up()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -35,7 +40,7 @@ def fit(directory: Path, data: Data, model: nn.Module, *, lr: float = 0.1, **set
     checkpointer = Checkpointer(EverySteps(every=10**9, keep_best=0), Catalog(directory), {}, {}, lambda: None)
     with Tracker(directory, {}) as tracker:
         checkpointer.restore(state, "auto", None)
-        trainer.fit(state, data, checkpointer, tracker, StopSignals())
+        trainer.fit(state, data, checkpointer, tracker, stop or Stop())
     return state
 
 
@@ -55,6 +60,25 @@ def test_a_step_is_plain_gradient_descent_on_the_mean_loss(tmp_path: Path) -> No
         assert parameter.grad is not None
         assert torch.allclose(parameter - 0.1 * parameter.grad, ours, atol=1e-6)
     assert state.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_training_or_is_reported_and_the_way_back_stays_open(
+    train: Callable[..., Result],
+) -> None:
+    command = (*TINY, "scheduler=none", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=0")
+    assert train(*command, "trainer.epochs=1").status == 0
+    weights = "outputs/tiny/checkpoints/step_00000013"
+    diverging = (*command, f"init_from={weights}", "optimizer.lr=1e30", "run=wild", "trainer.epochs=2")
+    result = train(*diverging)
+    assert result.status == 5, result.output
+    assert re.search(
+        r"^error: the loss is (nan|inf) at step \d+: .* trainer\.on_nan=warn$", result.output, re.MULTILINE
+    )
+    again = train(*diverging, "trainer.on_nan=warn")
+    assert again.status == 0
+    assert again.output.count("the loss is ") == 1
+    manifests = {path.name: verify(path) for path in Path("outputs/wild/checkpoints").iterdir()}
+    assert not manifests["step_00000026"].finite
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])

@@ -19,6 +19,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from src.preemption import STOP_SIGNALS
 from src.rng import cpu_rng_preserved, derive_seed, seed_cpu
 
 Key = tuple[int, int]  # epoch, index of the sample in the data set
@@ -118,8 +119,8 @@ class ResumableLoader:
 def _start_worker(lifeline: Connection, _worker_id: int) -> None:
     # ^C and a scheduler's SIGTERM reach the whole process group, but only the main process decides
     # what they mean: it still needs its workers to finish the step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
     # torch's own watchdog looks at the parent process, which here is the fork server. It outlives a
     # killed main process, and so would the workers.
