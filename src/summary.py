@@ -30,6 +30,7 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, mirror: M
             f"{checkpointer.saves} saves held training up for {checkpointer.stall_total:.2f} s "
             f"({checkpointer.stall_total / seconds:.2%} of the time)"
         )
+        lines["goodput"] = str(tracker.goodput)
     lines["steps"] = f"{state.global_step} in {state.epoch} epochs"
     lines["checkpoints"] = f"{directory}/checkpoints"
     if mirror.url is not None:

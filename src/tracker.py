@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src.board import Board
 from src.checkpoint.checkpointer import SaveReport
+from src.goodput import Goodput, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,26 @@ class Tracker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def start(self, global_step: int, total_steps: int, epochs: int, final_metrics: Sequence[str]) -> None:
-        """Begin at `global_step` (0, or where the run resumed). `final_metrics` are to be compared between runs."""
+    def start(
+        self,
+        global_step: int,
+        total_steps: int,
+        epochs: int,
+        final_metrics: Sequence[str],
+        stalled: Callable[[], float],
+    ) -> None:
+        """Begin to show.
+
+        Args:
+            global_step: 0, or where the run resumed.
+            final_metrics: The curves whose ends are to be compared between runs.
+            stalled: For how many seconds checkpoints have held training up so far.
+        """
         self.started = True
         self._epochs = epochs
         self._board = Board(self._directory / "tensorboard", global_step)
         self._board.hyperparameters(global_step, self._settings, final_metrics)
+        self._ledger = Ledger(self._directory, global_step, stalled)
         self._redirect = logging_redirect_tqdm()
         self._redirect.__enter__()
         self._bar = tqdm(
@@ -60,8 +75,14 @@ class Tracker:
         """Since `start`."""
         return time.perf_counter() - self._start
 
+    @property
+    def goodput(self) -> Goodput:
+        """Of the run, over all its lives."""
+        return self._ledger.account()
+
     def step(self, samples: int) -> None:
         """Count a step. Cheap: called every step."""
+        self._ledger.life.last_step += 1
         self._window_samples += samples
         self._bar.update()
 
@@ -69,7 +90,8 @@ class Tracker:
         """Log a training step, and the throughput since the last call."""
         rate = self._window_samples / (time.perf_counter() - self._window_start)
         self._restart_window()
-        self._board.scalars(global_step, {**values, "train/samples_per_second": rate})
+        more = {"train/samples_per_second": rate, "goodput/share": self.goodput.share}
+        self._board.scalars(global_step, {**values, **more})
         self._bar.set_description_str(f"epoch {epoch + 1}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.4f} · accuracy {values['train/accuracy']:.1%} · {rate:,.0f} samples/s"
@@ -122,6 +144,7 @@ class Tracker:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
             self._board.close()
+            self._ledger.close()
 
     def _restart_window(self) -> None:
         self._window_start, self._window_samples = time.perf_counter(), 0

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src import run as run_module
 from src.checkpoint.__main__ import main
+from src.run import locked
 from tests.conftest import TINY, Result
 from tests.store import ROOT, RUN, Network, Store, damage, drop, on_s3, steps_here
 from tests.test_resume import differences
@@ -85,6 +87,39 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
     status, _, err = cli(capsys, "pull", str(tmp_path))
     assert status == 2
     assert "is a run without a mirror" in err
+
+
+def test_pull_replaces_what_is_damaged_here(
+    train: Train, store: Store, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*TINY, *on_s3(store, bucket), "trainer.epochs=1")
+    (RUN / "checkpoints/step_00000013/state.pt").write_bytes(b"rubbish")
+    status, out, err = cli(capsys, "pull", str(RUN))
+    assert status == 0
+    assert "kept as step_00000013.corrupt" in err
+    assert "step_00000013" in out
+    assert cli(capsys, "verify", str(RUN), "--local")[0] == 0
+
+
+def test_pull_keeps_away_from_a_run_that_is_training(
+    train: Train, store: Store, bucket: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(*TINY, *on_s3(store, bucket), "trainer.epochs=1")
+    monkeypatch.setattr(run_module, "_LOCK_PATIENCE", 0.0)
+    with locked(RUN):
+        status, _, err = cli(capsys, "pull", str(RUN))
+    assert status == 1
+    assert "is being written by process" in err
+
+
+def test_pull_puts_a_job_of_a_sweep_where_sweeps_are(
+    store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.write(bucket, "team/holdfast/sweeps/lr/a/train.log", b"a log")
+    url = f"s3://{bucket}/team/holdfast/sweeps/lr/a"
+    assert cli(capsys, "pull", url, "--endpoint-url", store.endpoint)[0] == 2  # it has no checkpoint yet
+    assert Path("outputs/sweeps/lr/a/train.log").read_text() == "a log"
 
 
 def test_a_config_found_on_a_disk_is_not_called(

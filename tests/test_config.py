@@ -250,6 +250,7 @@ def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
         "checkpoint/seconds_to_durable",
         "checkpoint/megabytes",
         "checkpoint/steps_at_risk",
+        "goodput/share",
     } == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25]
     assert [event.step for event in events.Scalars("val/loss")] == [13, 26]

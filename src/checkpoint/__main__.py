@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.background import byte_bar
-from src.checkpoint.catalog import Catalog, verify
+from src.checkpoint.catalog import CORRUPT, Catalog, verify
 from src.checkpoint.export import export
 from src.checkpoint.manifest import CorruptCheckpoint, Manifest
 from src.checkpoint.remote import Connect, RemoteCatalog, at_hand, catalogs_at, is_url
 from src.checkpoint.run_files import RunFiles
 from src.errors import CheckpointError, ConfigError, HoldfastError
-from src.run import name_of
+from src.goodput import account_of, lives_of
+from src.run import locked, name_of
 from src.storage.bucket import Bucket
 from src.storage.failures import StoreError
 from src.storage.s3 import S3Storage
@@ -121,31 +122,44 @@ def _pull(options: argparse.Namespace) -> int:
     if remote is None:
         raise ConfigError("pull", options.place, "is a run without a mirror; name an s3:// URL")
     root = remote.prefix.removesuffix("/checkpoints")
-    target = options.target or (
-        Path("outputs") / root.rpartition("/")[2] if is_url(options.place) else Path(options.place)
-    )
-    catalog = Catalog(target / "checkpoints")
-    here = catalog.by_step()
-    pulled = 0
-    for step in reversed(remote.steps()):
-        if wanted not in (None, step):
-            continue
-        if step not in here:
-            folder = catalog.temporary(step)
-            try:
-                with byte_bar(f"step {step}") as bar:
-                    remote.fetch(step, folder, bar.update)
-            except CorruptCheckpoint as error:
-                print(f"skipped damaged checkpoint {remote.url(step)}: {error}", file=sys.stderr)
-                continue
-            print(catalog.adopt(folder))
-        pulled += 1
-        if not options.all:
-            break
-    RunFiles(remote.bucket, root, target).fetch_all()
+    target = options.target or (_directory_of(root) if is_url(options.place) else Path(options.place))
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        pulled = 0
+        for step in reversed(remote.steps()):
+            if wanted in (None, step):
+                pulled += _pull_one(remote, step, Catalog(target / "checkpoints"))
+                if pulled and not options.all:
+                    break
+        RunFiles(remote.bucket, root, target).fetch_all()
     if not pulled:
         raise ConfigError("pull", options.place, "has no good checkpoint")
     return 0
+
+
+def _pull_one(remote: RemoteCatalog, step: int, catalog: Catalog) -> bool:
+    """Returns whether it is here now, whole."""
+    if (path := catalog.by_step().get(step)) is not None:
+        try:
+            verify(path)
+            return True
+        except CorruptCheckpoint as error:
+            print(f"damaged: {path} ({error}); kept as {catalog.set_aside(path, CORRUPT).name}", file=sys.stderr)
+    folder = catalog.temporary(step)
+    try:
+        with byte_bar(f"step {step}") as bar:
+            remote.fetch(step, folder, bar.update)
+    except CorruptCheckpoint as error:
+        print(f"skipped damaged checkpoint {remote.url(step)}: {error}", file=sys.stderr)
+        return False
+    print(catalog.adopt(folder))
+    return True
+
+
+def _directory_of(root: str) -> Path:
+    """Where a run is that has this key in a bucket, as far as the key tells: a prefix may be of any depth."""
+    _, is_sweep, job = root.rpartition("/sweeps/")
+    return Path("outputs", "sweeps", job) if is_sweep else Path("outputs", root.rpartition("/")[2])
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -217,6 +231,8 @@ def _report(place: str, here: Found, there: Found, looked: Sequence[str]) -> int
             remarks.append("best")
         rows.append([str(step), *(_cells(good) if good else [""] * 4), where, " ".join(remarks)])
     _print_table(_COLUMNS, rows)
+    if lives := lives_of(Path(place)):
+        print(f"goodput: {account_of(lives)}")
     return 1 if damaged else 0
 
 

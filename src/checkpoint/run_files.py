@@ -1,4 +1,4 @@
-"""What it takes to look at a run from elsewhere, beside its checkpoints: config, log, TensorBoard's events."""
+"""What it takes to look at a run from elsewhere, beside its checkpoints: config, log, TensorBoard's events, goodput."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ _LOG = "train.log"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _EVENTS = re.compile(rf"tensorboard/({_NAME}/)*{_NAME}")
 _CONFIG = re.compile(rf"\.hydra/{_NAME}\.yaml")
+_LIVES = re.compile(r"goodput/\d+-\d+\.json")
 
 
 class RunFiles:
@@ -52,7 +53,7 @@ class RunFiles:
         """
         for name, size in self._remote():
             target = self._directory / name
-            if _EVENTS.fullmatch(name):
+            if _EVENTS.fullmatch(name) or _LIVES.fullmatch(name):
                 if not target.exists():
                     self._fetch(name, size, target)
                 stat = target.stat()
@@ -73,14 +74,15 @@ class RunFiles:
                 self._fetch(name, size, self._directory / name)
 
     def _local(self) -> list[str]:
-        found = [*self._directory.glob(".hydra/*"), *self._directory.glob("tensorboard/**/*"), self._directory / _LOG]
+        patterns = (".hydra/*", "tensorboard/**/*", "goodput/*", _LOG)
+        found = [path for pattern in patterns for path in self._directory.glob(pattern)]
         names = [path.relative_to(self._directory).as_posix() for path in sorted(found) if path.is_file()]
         return list(filter(_is_one, names))
 
     def _remote(self) -> list[tuple[str, int]]:
         """Names and sizes. What is in a bucket is not to be trusted: a name that could lead elsewhere is none."""
         found = []
-        for part in (".hydra/", "tensorboard/", _LOG):
+        for part in (".hydra/", "tensorboard/", "goodput/", _LOG):
             for key, size in self._bucket.keys(f"{self._prefix}/{part}"):
                 name = key.removeprefix(f"{self._prefix}/")
                 if _is_one(name):
@@ -95,7 +97,7 @@ class RunFiles:
 
 
 def _is_one(name: str) -> bool:
-    return bool(name == _LOG or _EVENTS.fullmatch(name) or _CONFIG.fullmatch(name))
+    return name == _LOG or any(pattern.fullmatch(name) for pattern in (_EVENTS, _CONFIG, _LIVES))
 
 
 def _prepend(log: Path, history: bytes) -> None:
