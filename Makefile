@@ -33,6 +33,10 @@ check: $(STAMP) ## Lint, format check, type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: chaos
+chaos: $(STAMP) ## Disturb a run at random, a few seconds per kill, and compare (ARGS="--kills 200 --seed 0")
+	$(BIN)/python -m tests.chaos $(ARGS)
+
 .PHONY: board
 board: $(STAMP) ## Open TensorBoard on outputs/
 	$(BIN)/tensorboard --logdir outputs

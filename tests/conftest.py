@@ -20,12 +20,23 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hypothesis import HealthCheck, settings
 
 from src import summary
 from tests.store import KEY, SECRET, Network, Store
 
 # Processes that tests start come from a server that has imported what they need, once for all of them.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "tests.test_writer", "tests.test_loader"])
+
+# The same made-up input every time; --hypothesis-profile=long makes up more, and other.
+_FUZZING: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("short", max_examples=100, derandomize=True, **_FUZZING)
+settings.register_profile("long", max_examples=5000, **_FUZZING)
+settings.load_profile("short")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

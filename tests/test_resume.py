@@ -30,7 +30,7 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
         return [where]
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape
-        return [] if same and one.numpy().tobytes() == other.numpy().tobytes() else [where]
+        return [] if same and one.detach().numpy().tobytes() == other.detach().numpy().tobytes() else [where]
     if isinstance(one, dict):
         if list(one) != list(other):
             return [where]

@@ -1,9 +1,10 @@
 """The real train.py in real processes: killed, damaged, crowded out, out of disk. Nothing is lost."""
 
+import os
 import random
 import re
 import resource
-import signal
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import LAST, LONG, TINY, Result, Training
 from tests.test_catalog import DAMAGE
-from tests.test_resume import differences
+from tests.test_resume import RUN, differences, state
 
 
 def final_state(run: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag != "train/samples_per_second" and not tag.startswith(("checkpoint/", "mirror/"))
+        if tag != "train/samples_per_second" and not tag.startswith(("checkpoint/", "mirror/", "goodput/"))
     }
 
 
@@ -94,26 +95,6 @@ def test_invariant_10_a_second_process_in_the_run_directory_is_refused(training:
     assert re.search(rf"^error: .*being written by process {first.pid} on .*run=NAME", second.output, re.MULTILINE)
     assert "Traceback" not in second.output
     assert first.poll() is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_the_step_and_goes_on_later_with_the_same_bits(
-    training: Training, uninterrupted: Path, number: signal.Signals
-) -> None:
-    command = (*LONG, "checkpoint.every=1000", "checkpoint.keep_best=0", "trainer.workers=1")
-    process = training.start(*command)
-    wait_for(lambda: (training.run / "tensorboard").exists(), process)
-    process.send_signal(number)
-    result = training.finish(process)
-    assert result.status == 128 + number
-    assert "Traceback" not in result.output
-    stopped_after = re.search(
-        rf"^stopped by {number.name} after step (\d+), which is saved", result.output, re.MULTILINE
-    )
-    assert stopped_after
-    assert newest_step(training.checkpoints) == int(stopped_after[1])
-    assert training.finish(training.start(*LONG)).status == 0
-    assert differences(final_state(uninterrupted), final_state(training.run)) == []
 
 
 def test_a_disk_that_refuses_stops_training_loudly_with_older_checkpoints_whole(training: Training) -> None:
@@ -190,6 +171,34 @@ def test_a_disk_that_fills_up_while_training_costs_no_checkpoint(training: Train
     process = training.start(*command)
     wait_for(lambda: newest_step(run / "checkpoints") > stopped_at, process)
     assert not list((run / "checkpoints").glob("*.corrupt"))
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "."], ids=["checkpoints", "all"])
+def test_a_folder_that_vanishes_while_training_is_made_again(
+    training: Training, uninterrupted: Path, what: str
+) -> None:
+    process = training.start(*LONG)
+    wait_for(lambda: newest_step(training.checkpoints) > 0, process)
+    (training.run / what).resolve().rename(training.directory / "gone")
+    result = training.finish(process)
+    assert result.status == 0, result.output
+    assert differences(final_state(uninterrupted), final_state(training.run)) == []
+
+
+def test_a_copied_run_directory_goes_on_like_the_original(train: Callable[..., Result]) -> None:
+    """What rsync or `aws s3 sync` brings: new times of modification, and half of what was being written."""
+    command = (*TINY, "scheduler=none", "checkpoint.every=3")
+    train(*command, "trainer.epochs=2", "run=whole")
+    train(*command, "trainer.epochs=1")
+    RUN.rename("original")
+    shutil.copytree("original", RUN, copy_function=shutil.copyfile)
+    half = RUN / "checkpoints/.tmp_step_00000015"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"half")
+    os.utime(RUN / "checkpoints/step_00000012", (2e9, 2e9))
+    result = train(*command, "trainer.epochs=2")
+    assert "step 13, epoch 1" in result.output
+    assert differences(state(26, Path("outputs/whole")), state(26)) == []
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
