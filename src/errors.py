@@ -61,6 +61,14 @@ def require_number(
         raise ConfigError(key, value, f"must be a number {wanted} ({what})")
 
 
+def require_endpoint(key: str, url: str, example: str) -> None:
+    """Raise ConfigError unless `url` is one of HTTP that names a host and holds no credentials."""
+    require_no_credentials(key, url)
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(key, url, f"must be like {example}")
+
+
 def require_no_credentials(key: str, url: str) -> None:
     """Raise ConfigError, without repeating them, if a URL holds a user's name or password."""
     parts = urlsplit(url)

@@ -17,7 +17,7 @@ from typing import Any
 
 from src.background import yield_to_training
 
-FOLDER = "goodput"
+_FOLDER = "goodput"
 _EVERY = 1.0  # seconds between entries: what a kill makes the account forget
 
 _accounted_until = 0.0  # a sweep may have several runs in one process, one after the other
@@ -83,7 +83,7 @@ class Ledger:
         self.life = Life(began=now - starting, starting=starting, first_step=global_step, last_step=global_step)
         self._start = time.perf_counter()
         self._stalled = stalled
-        self._folder = directory / FOLDER
+        self._folder = directory / _FOLDER
         self._file = self._folder / f"{int(self.life.began * 1000)}-{os.getpid()}.json"
         self._earlier = lives_of(directory)
         self._over = threading.Event()
@@ -123,7 +123,7 @@ class Ledger:
 def lives_of(directory: Path) -> list[Life]:
     """What the processes of a run have entered, oldest first. Entries that are no good are left out."""
     lives = []
-    for path in (directory / FOLDER).glob("*.json"):
+    for path in (directory / _FOLDER).glob("*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
             lives.append(_parse(json.loads(path.read_text(encoding="utf-8"))))
     return sorted(lives, key=lambda life: life.began)

@@ -6,13 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError
 from botocore.utils import BadIMDSRequestError, IMDSFetcher
 
 from src.background import yield_to_training
-from src.errors import ConfigError, require_no_credentials, require_number
+from src.errors import ConfigError, require_endpoint, require_number
 from src.preemption import Stop
 
 log = logging.getLogger(__name__)
@@ -48,9 +47,7 @@ class Ec2Notice:
         Raises:
             ConfigError: a value cannot work.
         """
-        require_no_credentials("preemption.endpoint_url", endpoint_url)
-        if urlsplit(endpoint_url).scheme not in ("http", "https") or not urlsplit(endpoint_url).hostname:
-            raise ConfigError("preemption.endpoint_url", endpoint_url, "must be like http://169.254.169.254/")
+        require_endpoint("preemption.endpoint_url", endpoint_url, "http://169.254.169.254/")
         require_number("preemption.every", every, "seconds between questions", above=0, below=120)
         self.every = every
         self._metadata = _Metadata(timeout=2, base_url=endpoint_url, env={})

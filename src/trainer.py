@@ -1,4 +1,4 @@
-"""The training loop, written out by hand. Read `Trainer.fit`: it is the run."""
+"""The training loop, written out by hand. Read `Trainer._train`: it is the run."""
 
 import logging
 import math

@@ -124,11 +124,12 @@ def _pull(options: argparse.Namespace) -> int:
     root = remote.prefix.removesuffix("/checkpoints")
     target = options.target or (_directory_of(root) if is_url(options.place) else Path(options.place))
     target.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog(target / "checkpoints")
     with locked(target):
         pulled = 0
         for step in reversed(remote.steps()):
             if wanted in (None, step):
-                pulled += _pull_one(remote, step, Catalog(target / "checkpoints"))
+                pulled += _pull_one(remote, step, catalog)
                 if pulled and not options.all:
                     break
         RunFiles(remote.bucket, root, target).fetch_all()
@@ -231,7 +232,7 @@ def _report(place: str, here: Found, there: Found, looked: Sequence[str]) -> int
             remarks.append("best")
         rows.append([str(step), *(_cells(good) if good else [""] * 4), where, " ".join(remarks)])
     _print_table(_COLUMNS, rows)
-    if lives := lives_of(Path(place)):
+    if not is_url(place) and (lives := lives_of(Path(place))):
         print(f"goodput: {account_of(lives)}")
     return 1 if damaged else 0
 

@@ -4,9 +4,8 @@ import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from src.errors import ConfigError, require_choice, require_int, require_no_credentials, require_number
+from src.errors import ConfigError, require_choice, require_endpoint, require_int, require_number
 from src.storage.bucket import Bucket
 from src.storage.failures import Conflict, StoreError
 from src.storage.local import LocalStorage
@@ -63,10 +62,7 @@ class S3Storage(LocalStorage):
         if not re.fullmatch(r"([\w.-]+(/[\w.-]+)*)?", prefix) or {".", ".."} & set(prefix.split("/")):
             raise ConfigError("storage.prefix", prefix, "must be names of letters, digits, '.', '_', '-' between '/'s")
         if endpoint_url is not None:
-            require_no_credentials("storage.endpoint_url", endpoint_url)
-            parts = urlsplit(endpoint_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError("storage.endpoint_url", endpoint_url, "must be like https://host:port")
+            require_endpoint("storage.endpoint_url", endpoint_url, "https://host:port")
         if encryption is not None:
             require_choice("storage.encryption", encryption, ("AES256", "aws:kms"))
         if kms_key_id is not None and encryption != "aws:kms":

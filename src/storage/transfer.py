@@ -176,7 +176,9 @@ def _upload_parts(
 
 def _part_size(size: int) -> int:
     """At most `_PART`, unless there would be too many; and such that in the last round all threads have one."""
-    rounds = max(1, -(-size // (_PART * _THREADS)))
+    if size <= _PART:
+        return _PART  # goes in one piece
+    rounds = -(-size // (_PART * _THREADS))
     even = max(_LEAST, -(-size // (rounds * _THREADS)))
     return max(even, -(-size // _MOST_PARTS))
 
