@@ -1,6 +1,7 @@
 """Saves in the background: what the loop waits for, what it is told, and what stays bounded."""
 
 import gc
+import math
 import os
 import shutil
 import threading
@@ -18,6 +19,7 @@ from src.checkpoint import saver, writer
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checkpointer import Checkpointer, SaveReport
 from src.checkpoint.cost import CostMeter
+from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.policy import CheckpointPolicy, EverySteps
 from src.errors import CheckpointError
 from src.state import TrainState
@@ -349,6 +351,33 @@ def test_the_thread_that_writes_lets_training_go_first(make: Make, monkeypatch: 
     checkpointer.wait()
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
     assert seen[0] > own
+
+
+def test_the_thread_that_writes_starts_no_threads_for_arithmetic(make: Make) -> None:
+    """Two sets of OpenMP's threads on the same cores make every training step take twice as long."""
+    state = new_state(width=512)
+    checkpointer = make(EverySteps(every=2), state)
+    train_step(state, checkpointer)
+
+    def unknown_to_python() -> set[int]:
+        known = {thread.native_id for thread in threading.enumerate()}
+        return {int(path.name) for path in Path("/proc/self/task").iterdir()} - known
+
+    before = unknown_to_python()
+    train_step(state, checkpointer)
+    checkpointer.wait()
+    assert checkpointer.saves == 1
+    assert unknown_to_python() <= before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_single_weight_that_is_no_number_is_found(dtype: torch.dtype) -> None:
+    weights = torch.full((300, 300), 100.0, dtype=dtype)
+    state = {"model_state_dict": {"weight": weights.t(), "count": torch.tensor(1)}}
+    assert weights_are_finite(state)
+    for wrong in (math.nan, math.inf):
+        weights[299, 299] = wrong
+        assert not weights_are_finite(state)
 
 
 def test_the_cost_of_a_save_is_its_stall_and_the_slowness_of_the_steps_beside_it() -> None:

@@ -8,10 +8,10 @@ from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from src.background import byte_bar, yield_to_training
 from src.checkpoint.catalog import Catalog
+from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
@@ -117,17 +117,9 @@ class Saver:
         host_state = snapshot.complete()
         self._before_commit()
         loss = float(host_state["loss"])
-        manifest = replace(manifest, loss=loss, finite=math.isfinite(loss) and _all_finite(host_state))
+        manifest = replace(manifest, loss=loss, finite=math.isfinite(loss) and weights_are_finite(host_state))
         path, manifest = write_checkpoint(self._catalog, host_state, manifest)
         durable = time.monotonic()
         self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)
         return Committed(path, manifest.nbytes, durable, evaluated=bool(manifest.metrics))
-
-
-def _all_finite(host_state: dict[str, Any]) -> bool:
-    """Whether the weights are numbers. The loss tells of it only a step later."""
-    # One pass, in each tensor's own type: a sum is finite only if all of it is. (One too large to be a float32 is no
-    # model either.)
-    weights = host_state["model_state_dict"].values()
-    return all(math.isfinite(tensor.sum()) for tensor in weights if tensor.is_floating_point())
