@@ -1,6 +1,7 @@
 """Train a model so that nothing is lost: kill it anywhere, run the same command again, and it goes on.
 
     python train.py checkpoint.every=100 checkpoint.keep=3
+    torchrun --nproc-per-node=8 train.py trainer=ddp
 
 Every setting is in conf/; `python train.py --help` prints them.
 """
@@ -8,14 +9,16 @@ Every setting is in conf/; `python train.py --help` prints them.
 import hydra
 from omegaconf import DictConfig
 
+from src import distributed
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
-from src.checkpoint.mirror import open_mirror
+from src.checkpoint.follower import Follower
+from src.checkpoint.mirror import NO_MIRROR, Mirror, open_mirror
 from src.launch import build, one_line_errors
 from src.preemption import Stop
 from src.run import Run, register_resolvers
 from src.summary import summarize
-from src.tracker import Tracker
+from src.tracker import Silence, Tracker
 
 register_resolvers()
 
@@ -23,39 +26,47 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
     """One run, from its first step or from wherever it left off, to its end. Returns its best metric."""
-    with one_line_errors(), Run.open(config) as run, Tracker(run.directory, run.settings) as tracker:
+    with (
+        one_line_errors(),
+        distributed.join() as world,
+        Run.open(config, world.is_main) as run,
+        Tracker(run.directory, run.settings) if world.is_main else Silence() as tracker,
+    ):
         # Everything that can be wrong with the config is found here, before the first step.
         trainer = build("trainer", config.trainer)
         policy = build("checkpoint", config.checkpoint)
         storage = build("storage", config.storage)
-        data = build("data", config.data)
         preemption = build("preemption", config.preemption)
+        with world.one_per_node_first():
+            data = build("data", config.data)
 
-        trainer.set_up()
+        trainer.set_up(world)
         shape = {"num_classes": len(data.classes), "channels": data.channels, "image_size": data.image_size}
         model = trainer.place(build("model", config.model, **shape))
         optimizer = build("optimizer", config.optimizer, model.parameters())
         scheduler = build("scheduler", config.scheduler, optimizer, trainer.total_steps(data))
         state = trainer.new_state(model, optimizer, scheduler)
-
-        catalog = Catalog(run.directory / "checkpoints")
         trainer.check(data, model, policy)
-        storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
 
-        mirror = open_mirror(storage, run.name, catalog, policy)
-        identity = run.config | {"data_set": data.fingerprint()}
-        checkpointer = Checkpointer(
-            policy,
-            catalog,
-            identity,
-            trainer.environment(),
-            before_commit=tracker.flush,
-            on_saved=tracker.log_checkpoint,
-            mirror=mirror,
-        )
+        mirror: Mirror = NO_MIRROR
+        checkpointer: Checkpointer = Follower(policy, world)
+        if world.is_main:  # which saves and restores for all
+            catalog = Catalog(run.directory / "checkpoints")
+            storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
+            mirror = open_mirror(storage, run.name, catalog, policy)
+            checkpointer = Checkpointer(
+                policy,
+                catalog,
+                run.config | {"data_set": data.fingerprint()},
+                trainer.environment(),
+                before_commit=tracker.flush,
+                on_saved=tracker.log_checkpoint,
+                mirror=mirror,
+                world=world,
+            )
         with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            with Stop(trainer.grace) as stop, preemption.watch(stop):
+            with Stop(trainer.grace, world) as stop, preemption.watch(stop):
                 trainer.fit(state, data, checkpointer, tracker, stop)
             best = summarize(run, state, checkpointer, mirror, tracker)
         mirror.insist()
@@ -63,5 +74,6 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    distributed.leave_files_to_rank_0()
     with one_line_errors():
         main()

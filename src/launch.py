@@ -17,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
 from src.run import flatten
@@ -118,7 +119,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if is_main_process():
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:  # before training began
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -17,7 +17,8 @@ from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.remote import at_hand
 from src.checkpoint.resume import check_compatible, find_to_resume
 from src.checkpoint.saver import Save, Saver
-from src.checkpoint.weights import load_weights
+from src.checkpoint.weights import find_weights
+from src.distributed import ALONE, World
 from src.errors import CheckpointError, ConfigError
 from src.state import TrainState
 
@@ -55,6 +56,7 @@ class Checkpointer:
         before_commit: Callable[[], None] = lambda: None,
         on_saved: Callable[[SaveReport], None] = lambda report: None,
         mirror: Mirror = NO_MIRROR,
+        world: World = ALONE,
     ) -> None:
         """
         Args:
@@ -64,6 +66,7 @@ class Checkpointer:
                 that after a kill none of what led to a checkpoint is missing.
             on_saved: Told of each checkpoint that has become durable, in the loop's thread.
             mirror: Where checkpoints are copied to, and come from if they are not here.
+            world: The ranks that train, of which this one saves and restores for all.
         """
         self.policy = policy
         self.catalog = catalog
@@ -73,6 +76,7 @@ class Checkpointer:
         self._environment = environment
         self._on_saved = on_saved
         self._mirror = mirror
+        self._world = world
         self._saver = Saver(policy, catalog, before_commit, self._mirror.committed)
         self._saving: Save | None = None
         self._meter = CostMeter()
@@ -119,8 +123,8 @@ class Checkpointer:
             self._start_afresh(state, resume, init_from)
             self._mirror.begin(above=-1, label=OLD)
             return
-        check_compatible(found.manifest, self._config, self._environment)
-        state.load_state_dict(found.state)
+        check_compatible(found.manifest, self._config, self._environment, self._world.size)
+        self._load(state, found.state)
         self._resumed_from = found.origin
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
@@ -204,10 +208,20 @@ class Checkpointer:
         """The newest checkpoint on the disk in which loss and weights are numbers."""
         return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
 
+    def _load(self, state: TrainState, saved: dict[str, Any] | None) -> None:
+        """Have all ranks become what rank 0 has found: all of a state, weights alone, or nothing."""
+        saved = self._world.spread(saved, state.own_part())
+        if saved is not None and "global_step" in saved:
+            state.load_state_dict(saved)
+        elif saved is not None:
+            state.load_weights(saved["model_state_dict"])
+
     def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
-        if init_from is not None:
+        if init_from is None:
+            self._load(state, None)
+        else:
             with at_hand("init_from", init_from, self._mirror.connect, self.catalog.directory) as path:
-                load_weights(path, state.model, init_from)
+                self._load(state, {"model_state_dict": find_weights(path, state.model, init_from)})
         if resume == "never":
             for path in [
                 *self.catalog.paths(),
@@ -315,6 +329,7 @@ class Checkpointer:
             metrics=dict(state.metrics) if state.evaluated else {},
             best=state.best,
             resumed_from=self._resumed_from,
+            world_size=self._world.size,
             environment=self._environment,
             config=self._config,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -146,7 +146,9 @@ def find_to_resume(catalog: Catalog, resume: str, mirror: Mirror) -> Found | Non
     return Found(*found, found[1].resumed_from, found[1].global_step) if found else None
 
 
-def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+def check_compatible(
+    manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str], world_size: int
+) -> None:
     """Refuse to go on with a config that changes the result; say so when the machine may change its last bits.
 
     Raises:
@@ -165,6 +167,8 @@ def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment:
         for key, value in environment.items()
         if manifest.environment.get(key, value) != value
     ]
+    if manifest.world_size != world_size:
+        changed.append(f"ranks {manifest.world_size} -> {world_size}")
     if changed:
         log.warning("not as when the checkpoint was made: %s; exact to the last bit no more", ", ".join(changed))
 
