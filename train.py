@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 from src import distributed
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
-from src.checkpoint.follower import Follower
-from src.checkpoint.mirror import NO_MIRROR, Mirror, open_mirror
+from src.checkpoint.follower import follower
+from src.checkpoint.mirror import NO_MIRROR, open_mirror
+from src.checkpoint.sharded import ShardedWriter
 from src.launch import build, one_line_errors
 from src.preemption import Stop
 from src.run import Run, register_resolvers
@@ -48,10 +49,9 @@ def main(config: DictConfig) -> float:
         state = trainer.new_state(model, optimizer, scheduler)
         trainer.check(data, model, policy)
 
-        mirror: Mirror = NO_MIRROR
-        checkpointer: Checkpointer = Follower(policy, world)
+        catalog = Catalog(run.directory / "checkpoints")
+        shards = ShardedWriter(world.rank, world.size) if trainer.sharded else None
         if world.is_main:  # which saves and restores for all
-            catalog = Catalog(run.directory / "checkpoints")
             storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
             mirror = open_mirror(storage, run.name, catalog, policy)
             checkpointer = Checkpointer(
@@ -63,7 +63,10 @@ def main(config: DictConfig) -> float:
                 on_saved=tracker.log_checkpoint,
                 mirror=mirror,
                 world=world,
+                shards=shards,
             )
+        else:
+            mirror, checkpointer = NO_MIRROR, follower(policy, world, shards)
         with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
             with Stop(trainer.grace, world) as stop, preemption.watch(stop):

@@ -42,7 +42,7 @@ RESULT_NEUTRAL = (
 They are no part of a run's name, and changing them does not keep a run from going on.
 """
 
-_NEUTRAL_CHOICES = ("trainer=default", "trainer=ddp")
+_NEUTRAL_CHOICES = ("trainer=default", "trainer=ddp", "trainer=fsdp")
 """Options of a group that differ in nothing else."""
 
 _NAME_ONLY = ("init_from", "data.root")

@@ -1,5 +1,6 @@
 """A model that no rank has all of: each has a piece of every parameter (FSDP2)."""
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,7 +35,7 @@ def piece_of(tensor: Tensor, like: Tensor | None) -> Tensor:
         return tensor
     cut = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return DTensor.from_local(
-        cut.to_local().clone(),  # not a view that keeps all of it
+        cut.to_local().clone(memory_format=torch.contiguous_format),  # not a view that keeps all of it
         like.device_mesh,
         like.placements,
         run_check=False,

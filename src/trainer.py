@@ -25,6 +25,7 @@ from src.distributed import ALONE, World
 from src.errors import ConfigError, DivergedError, require_choice, require_int, require_number
 from src.preemption import Interrupted, Stop, Stopped
 from src.rng import derive_seed, seed_everything
+from src.sharding import shard, whole
 from src.state import TrainState
 from src.tracker import Tracker
 
@@ -60,7 +61,8 @@ class Trainer:
             seed: Of the initial weights, the order of the samples, augmentation, and dropout.
             device: `auto` (a GPU if there is one), `cpu`, `cuda`, or `cuda:N`.
             strategy: How several processes, started by torchrun, share the work: `ddp`, each has the whole model and
-                a share of every batch (torch's DistributedDataParallel); `none`, there is only one.
+                a share of every batch (torch's DistributedDataParallel); `fsdp`, each has a piece of every parameter
+                (torch's fully_shard); `none`, there is only one.
             precision: `fp32`, or autocast to `bf16` or `fp16` (the latter with a GradScaler).
             accumulate: Micro-batches that each batch is cut into: less memory, the same batch size.
             clip_grad_norm: Largest norm of the gradient; None to leave it alone.
@@ -81,7 +83,7 @@ class Trainer:
         require_int("trainer.seed", seed, 0, "seed")
         if seed >= 2**63:
             raise ConfigError("trainer.seed", seed, "must be below 2**63")
-        require_choice("trainer.strategy", strategy, ("none", "ddp"))
+        require_choice("trainer.strategy", strategy, ("none", "ddp", "fsdp"))
         require_choice("trainer.precision", precision, tuple(_PRECISIONS))
         require_int("trainer.accumulate", accumulate, 1, "micro-batches per batch")
         if clip_grad_norm is not None:
@@ -132,6 +134,11 @@ class Trainer:
         if self.strategy == "none":
             remedy = f"is for one process, and torchrun has started {self.world.size}; choose trainer=ddp"
             raise ConfigError("trainer.strategy", "none", remedy)
+        if self.strategy == "fsdp":
+            if self.precision is torch.float16:
+                raise ConfigError("trainer.precision", "fp16", "does not go with trainer=fsdp; choose bf16")
+            if self.compile:
+                raise ConfigError("trainer.compile", True, "does not go with trainer=fsdp; choose trainer=ddp")
         if self.device.type == "cuda":
             if ":" in str(self.device):
                 raise ConfigError("trainer.device", self.device, "is one GPU for all ranks; auto gives each its own")
@@ -143,8 +150,16 @@ class Trainer:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Put the model on the device, in the memory layout. Call it before the optimizer is built."""
+        if self.sharded:  # which wants its pieces contiguous
+            shard(model.to(self.device), self.device.type, self.world.size)
+            return model
         placed: nn.Module = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         return placed
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has all of the model."""
+        return self.strategy == "fsdp" and self.world.size > 1
 
     def new_state(self, model: nn.Module, optimizer: Any, scheduler: Any) -> TrainState:
         """The state at step 0."""
@@ -165,6 +180,7 @@ class Trainer:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
             "threads": str(torch.get_num_threads()),
+            "strategy": self.strategy if self.world.size > 1 else "none",
             "deterministic": str(self.deterministic),
         }
 
@@ -176,8 +192,9 @@ class Trainer:
         """
         require_choice("checkpoint.monitor", policy.monitor, EVALUATION_METRICS)
         last_batch = (data.train_size - 1) % data.batch_size + 1
-        shares = (max(1, size // self.world.size) for size in (data.batch_size, last_batch))
-        smallest = min(len(piece) for share in shares for piece in torch.arange(share).chunk(self.accumulate))
+        smallest = min(
+            max(1, size // self.world.size) // self._micro_batches(size) for size in (data.batch_size, last_batch)
+        )
         has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if has_batch_norm and smallest == 1:
             key, value = ("data.batch_size", data.batch_size)
@@ -234,10 +251,12 @@ class Trainer:
                 optimizer.zero_grad()
                 sums.zero_()
                 with self._compiling(images.shape, state, stop):
-                    micro_batches = list(zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True))
-                    for number, (x, y) in enumerate(micro_batches, start=1):
+                    count = self._micro_batches(samples)
+                    for number, (x, y) in enumerate(
+                        zip(images.tensor_split(count), labels.tensor_split(count), strict=True), start=1
+                    ):
                         x, y = self._to_device(x, y)
-                        with self._only_here(trained, number < len(micro_batches)):
+                        with self._only_here(trained, number < count):
                             with self._autocast():
                                 logits = trained(x)
                                 loss = cross_entropy(logits, y, reduction="sum")
@@ -294,7 +313,13 @@ class Trainer:
         # process has not seen: other code, other last bits.
         return torch.compile(model, dynamic=False) if self.compile else model
 
-    def _in_step_with_others(self, model: nn.Module) -> DistributedDataParallel:
+    def _micro_batches(self, samples: int) -> int:
+        """As many on each rank: with `fsdp` each brings the model together once more."""
+        return min(self.accumulate, max(1, samples // self.world.size))
+
+    def _in_step_with_others(self, model: nn.Module) -> nn.Module:
+        if self.sharded:
+            return model
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(
             model, device_ids=[self.device] if on_gpu else None, gradient_as_bucket_view=True
@@ -302,7 +327,7 @@ class Trainer:
 
     def _only_here(self, model: Any, more_to_come: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients go to the other ranks with the last one only."""
-        return model.no_sync() if more_to_come and self.world.size > 1 else nullcontext()
+        return model.no_sync() if more_to_come and self.world.size > 1 and not self.sharded else nullcontext()
 
     def _draw_numbers_of_its_own(self, state: TrainState) -> None:
         """Have dropout differ between ranks. Those of rank 0 go on from where they were, as with one process, and
@@ -336,12 +361,12 @@ class Trainer:
         """Returns the norm before clipping, on the device; None if there is no clipping."""
         if self.clip_grad_norm is None:
             return None
-        return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm)
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm))
 
     def _training_metrics(self, state: TrainState, grad_norm: Tensor | None) -> dict[str, float]:
         if grad_norm is None:
             gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-            grad_norm = nn.utils.get_total_norm(gradients)
+            grad_norm = whole(nn.utils.get_total_norm(gradients))
         # One transfer, and the only wait for the device.
         loss, norm, correct = torch.stack([state.loss, grad_norm, state.totals[1]]).tolist()
         return {

@@ -30,7 +30,7 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", *(node.split() or ["--standalone"])]
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     process = subprocess.Popen(
-        [*command, str(REPOSITORY / "train.py"), "trainer=ddp", *overrides],
+        [*command, str(REPOSITORY / "train.py"), *overrides],
         cwd=where or training.directory,
         env={**os.environ, **ENVIRONMENT},
         text=True,

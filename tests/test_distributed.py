@@ -17,7 +17,7 @@ from tests.ranks import kill, torchrun, two_nodes, workers_of
 from tests.test_resume import differences
 from tests.test_training import curves, final_state, newest_step
 
-RANKS = (*LONG, "trainer.grace=20")
+RANKS = (*LONG, "trainer=ddp")
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +84,7 @@ def test_invariant_4_with_other_numbers_of_ranks_no_sample_of_the_epoch_is_seen_
 ) -> None:
     seen = training.directory / "seen"
     data = ("data._target_=tests.ranks.recorded", f"+data.file={seen}", "+data.seconds=0.001", "data.train_size=3000")
-    command = (*TINY, *data, "trainer.epochs=1", "checkpoint.every=5")
+    command = (*TINY, *data, "trainer=ddp", "trainer.epochs=1", "checkpoint.every=5")
     steps = []
     for ranks in (2, 3):
         already = newest_step(training.checkpoints)
@@ -105,7 +105,7 @@ def test_two_ranks_take_the_step_that_one_would(train: Callable[..., Result], tr
     model = ("model=vit_b_16", "model.patch_size=4", "model.layers=1", "model.heads=2", "model.width=16")
     command = (*TINY_DATA, *model, "data.train_size=33", "trainer.epochs=2", "trainer.accumulate=3")
     assert train(*command, "run=alone").status == 0
-    result = training.finish(torchrun(training, 2, *command))
+    result = training.finish(torchrun(training, 2, *command, "trainer=ddp"))
     assert result.status == 0, result.output
     alone, together = (
         torch.load(training.directory / f"outputs/{name}/checkpoints/step_00000006/state.pt", weights_only=True)
@@ -125,7 +125,7 @@ def test_two_ranks_take_the_step_that_one_would(train: Callable[..., Result], tr
     ],
 )
 def test_what_is_wrong_is_said_once(training: Training, override: str, error: str) -> None:
-    result = training.finish(torchrun(training, 2, *TINY, override))
+    result = training.finish(torchrun(training, 2, *TINY, "trainer=ddp", override))
     assert result.status == 1  # torchrun's own
     assert re.findall(r"^error: .*", result.output, re.MULTILINE) == re.findall(
         rf"^error: {error}.*", result.output, re.M

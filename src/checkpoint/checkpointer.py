@@ -17,6 +17,7 @@ from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.remote import at_hand
 from src.checkpoint.resume import check_compatible, find_to_resume
 from src.checkpoint.saver import Save, Saver
+from src.checkpoint.sharded import ShardedWriter
 from src.checkpoint.weights import find_weights
 from src.distributed import ALONE, World
 from src.errors import CheckpointError, ConfigError
@@ -57,6 +58,7 @@ class Checkpointer:
         on_saved: Callable[[SaveReport], None] = lambda report: None,
         mirror: Mirror = NO_MIRROR,
         world: World = ALONE,
+        shards: ShardedWriter | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +69,7 @@ class Checkpointer:
             on_saved: Told of each checkpoint that has become durable, in the loop's thread.
             mirror: Where checkpoints are copied to, and come from if they are not here.
             world: The ranks that train, of which this one saves and restores for all.
+            shards: What the ranks write together, if each has a piece of the model.
         """
         self.policy = policy
         self.catalog = catalog
@@ -77,7 +80,8 @@ class Checkpointer:
         self._on_saved = on_saved
         self._mirror = mirror
         self._world = world
-        self._saver = Saver(policy, catalog, before_commit, self._mirror.committed)
+        self._shards = shards
+        self._saver = Saver(policy, catalog, before_commit, self._mirror.committed, shards)
         self._saving: Save | None = None
         self._meter = CostMeter()
         self._resumed_from: str | None = None
@@ -122,6 +126,7 @@ class Checkpointer:
         if found is None:
             self._start_afresh(state, resume, init_from)
             self._mirror.begin(above=-1, label=OLD)
+            self._tell_others(False)
             return
         check_compatible(found.manifest, self._config, self._environment, self._world.size)
         self._load(state, found.state)
@@ -135,6 +140,7 @@ class Checkpointer:
             self._save_at_last(state)
         else:
             self._durable = (state.global_step, state.evaluated)
+        self._tell_others(False)
 
     def step(self, state: TrainState) -> None:
         """To be called after every optimizer step, and after the evaluation if the step ended an epoch.
@@ -152,10 +158,14 @@ class Checkpointer:
             self._meter.step(now.seconds - self._last_step.seconds, now.saving)
         if self._saving is not None and self._saving.committed.done():
             self._settle(self._saving)
-        if self._is_due(now):
-            waited = self._wait_for_the_disk(self._saving) if self._saving is not None else 0.0
-            if not self._failures or self._is_due(now):  # the save before may just have failed
-                self._start(state, now, waited)
+        due, waited = self._is_due(now), 0.0
+        if due and self._saving is not None:
+            waited = self._wait_for_the_disk(self._saving)
+            due = not self._failures or self._is_due(now)  # the save before may just have failed
+        self._tell_others(due)
+        if due:
+            self._start(state, now, waited)
+        if due or waited:
             now = replace(now, seconds=time.monotonic())  # nor is the stall
         self._last_step = now
         self._saver.prepare(state)
@@ -192,6 +202,7 @@ class Checkpointer:
         self.wait()
         if self._durable != (state.global_step, state.evaluated):
             self._save_at_last(state)
+        self._tell_others(False)
         self._mirror.flush(patience)
         self.catalog.rotate(self.policy)  # what was being uploaded when its time came
 
@@ -251,6 +262,7 @@ class Checkpointer:
     def _save_at_last(self, state: TrainState) -> None:
         """Save now, however often it takes, within what the policy allows."""
         while True:
+            self._tell_others(True)
             self._start(state, self._progress(state))
             self.wait()
             if self._durable == (state.global_step, state.evaluated):
@@ -262,10 +274,17 @@ class Checkpointer:
         try:
             self._saving = self._saver.start(state, self._manifest(state))
         except MemoryError as error:
+            if self._shards is not None:  # the others have begun
+                raise
             self._report_failure(now.global_step, error)
             return
         self._saving.stall += waited
         self._last_save = now
+
+    def _tell_others(self, save: bool) -> None:
+        """Have the other ranks save their pieces of this step, or go on. Rank 0 alone knows the time, and the disk."""
+        if self._shards is not None:
+            self._world.tell(save)
 
     def _settle(self, save: Save) -> None:
         """Wait for a save, and take note of how it ended."""

@@ -12,6 +12,7 @@ from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.remote import at_hand, is_url
+from src.checkpoint.sharded import with_pieces
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
 
@@ -66,7 +67,7 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
     state = load_file(path / STATE_NAME)
     if not isinstance(state, dict) or state.get("global_step") != manifest.global_step:
         raise CorruptCheckpoint(f"{STATE_NAME} is not the state of step {manifest.global_step}")
-    return manifest, state
+    return manifest, with_pieces(path, state)
 
 
 def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Manifest, dict[str, Any]] | None:
