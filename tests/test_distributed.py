@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 from src.checkpoint.catalog import Catalog, verify
 from src.errors import ConfigError
 from src.trainer import Trainer
-from tests.conftest import LAST, LONG, TINY, TINY_DATA, Result, Training
+from tests.cluster import Cluster, free_port, missing
+from tests.conftest import LAST, LONG, REPOSITORY, TINY, TINY_DATA, Result, Training
 from tests.ranks import kill, torchrun, two_nodes, workers_of
 from tests.test_resume import differences
 from tests.test_training import curves, final_state, newest_step
@@ -142,3 +143,33 @@ def test_one_process_needs_no_torchrun_whatever_the_strategy(train: Callable[...
 def test_an_unknown_strategy_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.strategy=horovod: must be"):
         Trainer(epochs=1, strategy="horovod")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of one node."""
+    if not_there := missing():
+        pytest.skip(f"NO SLURM HERE, hence not tested with one: {', '.join(not_there)} (Debian: slurm-wlm, munge)")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def test_slurm_takes_the_job_back_when_its_time_is_up_and_it_goes_on(
+    training: Training, undisturbed: Path, cluster: Cluster
+) -> None:
+    script = ["sbatch", "--parsable", "--nodes=1", "--cpus-per-task=2", f"--output={training.directory}/log"]
+    command = ["docs/slurm.sh", *RANKS, f"hydra.run.dir={training.run}"]
+    job = cluster.call(
+        *script, *command, cwd=str(REPOSITORY), RANKS_PER_NODE="2", RENDEZVOUS_PORT=str(free_port())
+    ).strip()
+    cluster.wait_for(lambda: newest_step(training.checkpoints) >= 20, "step 20")
+    cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal has it be sent before the end
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the requeue")
+    log = (training.directory / "log").read_text()
+    assert re.search(r"^stopped by SIGTERM after step \d+, which is saved", log, re.MULTILINE), log
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # it would wait for two minutes
+    cluster.wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), "the end")
+    log = (training.directory / "log").read_text()
+    assert cluster.state(job) == "COMPLETED", log
+    assert "resumed from" in log
+    assert differences(final_state(undisturbed), final_state(training.run)) == []
