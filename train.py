@@ -13,9 +13,11 @@ from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.mirror import open_mirror
 from src.launch import build, one_line_errors
 from src.preemption import Stop
+from src.result import already_done, write_result
 from src.run import Run, register_resolvers
 from src.summary import summarize
 from src.tracker import Tracker
+from src.worker import watch_sweep
 
 register_resolvers()
 
@@ -24,6 +26,9 @@ register_resolvers()
 def main(config: DictConfig) -> float:
     """One run, from its first step or from wherever it left off, to its end. Returns its best metric."""
     with one_line_errors(), Run.open(config) as run, Tracker(run.directory, run.settings) as tracker:
+        if (metric := already_done(run)) is not None:
+            return metric
+
         # Everything that can be wrong with the config is found here, before the first step.
         trainer = build("trainer", config.trainer)
         policy = build("checkpoint", config.checkpoint)
@@ -55,10 +60,11 @@ def main(config: DictConfig) -> float:
         )
         with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            with Stop(trainer.grace) as stop, preemption.watch(stop):
+            with Stop(trainer.grace) as stop, preemption.watch(stop), watch_sweep(stop):
                 trainer.fit(state, data, checkpointer, tracker, stop)
             best = summarize(run, state, checkpointer, mirror, tracker)
         mirror.insist()
+        write_result(run, state)
         return best
 
 

@@ -1,0 +1,73 @@
+"""A process that a sweep has started for its jobs (hydra/launcher=joblib): it works no longer than the sweep does."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from src.background import yield_to_training
+from src.preemption import Stop
+
+_EVERY = 0.2  # seconds between looks
+
+
+def in_sweep() -> bool:
+    """Whether this process is just now at a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def is_worker() -> bool:
+    """Whether it does so for another process, which waits for what comes of it."""
+    return in_sweep() and multiprocessing.parent_process() is not None
+
+
+def stop_file(sweep: Path, process: int) -> Path:
+    """What is there when the sweep of that process has been asked to stop.
+
+    No signal, because one that comes while a worker is still importing, or between two jobs, would kill it; and when
+    one worker is killed, the launcher kills the others, whatever they are just saving.
+    """
+    return sweep / f".stop_{process}"
+
+
+def sweep_is_over() -> str | None:
+    """Why this worker should stop; None if it should not, or if it is none."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not in_sweep():
+        return None
+    if os.getppid() != parent.pid:
+        return "the death of its sweep"
+    assert parent.pid is not None
+    config = HydraConfig.get()
+    if stop_file(Path(config.runtime.cwd, config.sweep.dir), parent.pid).exists():
+        return "its sweep, which was asked to stop"
+    return None
+
+
+@contextmanager
+def watch_sweep(stop: Stop) -> Iterator[None]:
+    """While entered, the end of the sweep is a request to stop."""
+    if not is_worker():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_look, args=(stop, done), name="sweep-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _look(stop: Stop, done: threading.Event) -> None:
+    yield_to_training()
+    while not done.wait(_EVERY):
+        if reason := sweep_is_over():
+            stop.request(reason)
+            return
