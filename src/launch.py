@@ -83,20 +83,27 @@ def _call(config: DictConfig) -> str:
     return f"{config['_target_']}({', '.join(f'{name}={value}' for name, value in _settings(config).items())})"
 
 
+@contextmanager
+def ending_the_program() -> Iterator[None]:
+    """For Hydra's callbacks: of what they raise, Hydra would only make a warning."""
+    try:
+        yield
+    except HoldfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 class RefuseCredentials(Callback):
     """Ends the program before Hydra writes a config that holds a password to the disk."""
 
+    @ending_the_program()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the values of one run."""
         plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
         for key, value in flatten({str(group): values for group, values in plain.items() if group != "hydra"}).items():
             if isinstance(value, str) and "://" in value:
-                try:
-                    require_no_credentials(key, value)
-                except ConfigError as error:  # Hydra would make a warning of it
-                    print(f"error: {error}", file=sys.stderr)
-                    sys.exit(error.exit_code)
+                require_no_credentials(key, value)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the values that all runs of a sweep share."""
@@ -127,8 +134,6 @@ def one_line_errors() -> Iterator[None]:
         stopped.hand_on()
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:  # before training began
-        if is_worker():
-            raise HoldfastError("interrupted before training began") from None
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -1,11 +1,11 @@
-"""What came of a run that is done: the same command, run again, then only has to say so."""
+"""What came of a run. If it is done, the same command, run again, only has to say so."""
 
 import json
 import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, get_type_hints
 
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, read_manifest
@@ -16,7 +16,10 @@ from src.storage.local import fsync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
+_Content = TypeVar("_Content", "Result", "Failure")
+
 RESULT_NAME = "result.json"
+FAILURE_NAME = "failure.json"
 
 _FREE = tuple(key for key in RESULT_NEUTRAL if key not in ("trainer.epochs", "checkpoint", "storage"))
 """What may differ from a run that is done: not its length, nor what it is to leave, and where."""
@@ -34,8 +37,20 @@ class Result:
     """Where it was reached."""
     last_step: int
     """Of the run; its checkpoint is the last one."""
-    config: dict[str, Any]
+    config: dict  # type: ignore[type-arg]
     """The resolved config of the run."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The contents of `failure.json`, which a job of a sweep leaves if it fails; it is gone when it is tried again."""
+
+    sweep: str
+    """Which one, of those that have tried it."""
+    job: str
+    """Its overrides."""
+    error: str
+    exit_code: int
 
 
 def write_result(run: Run, state: TrainState) -> None:
@@ -43,30 +58,29 @@ def write_result(run: Run, state: TrainState) -> None:
     best = state.best or {"metric": run.config["checkpoint"]["monitor"], "value": math.nan, "global_step": 0}
     value = best["value"] if math.isfinite(best["value"]) else None
     result = Result(best["metric"], value, best["global_step"], state.global_step, run.config)
-    temporary = run.directory / f".tmp_{RESULT_NAME}"
     try:
-        write_durably(temporary, json.dumps(asdict(result), indent=2) + "\n")
-        temporary.rename(run.directory / RESULT_NAME)
-        fsync_directory(run.directory)
+        _write(run.directory / RESULT_NAME, result)
     except OSError as error:
         log.warning("%s cannot be written (%s)", run.directory / RESULT_NAME, error.strerror)
 
 
+def write_failure(directory: Path, failure: Failure) -> None:
+    """Note that a job has failed.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    _write(directory / FAILURE_NAME, failure)
+
+
 def read_result(directory: Path) -> Result | None:
     """What a run directory says of a run that is done; None if it does not, or nothing that makes sense."""
-    try:
-        data = json.loads((directory / RESULT_NAME).read_bytes())
-        result = Result(**data)
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    well_formed = (
-        isinstance(result.metric, str)
-        and (result.value is None or type(result.value) in (int, float))
-        and type(result.step) is int
-        and type(result.last_step) is int
-        and isinstance(result.config, dict)
-    )
-    return result if well_formed else None
+    return _read(directory / RESULT_NAME, Result)
+
+
+def read_failure(directory: Path) -> Failure | None:
+    """What it says of a job that failed when it was last tried."""
+    return _read(directory / FAILURE_NAME, Failure)
 
 
 def already_done(run: Run) -> float | None:
@@ -109,3 +123,19 @@ def _is_whole(directory: Path, last_step: int) -> bool:
         return all((last[1] / name).stat().st_size == entry.size for name, entry in files.items())
     except (CorruptCheckpoint, CheckpointError, OSError):
         return False
+
+
+def _write(path: Path, content: Result | Failure) -> None:
+    temporary = path.with_name(f".tmp_{path.name}")
+    write_durably(temporary, json.dumps(asdict(content), indent=2) + "\n")
+    temporary.rename(path)
+    fsync_directory(path.parent)
+
+
+def _read(path: Path, kind: type[_Content]) -> _Content | None:
+    try:
+        content = kind(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    is_one = all(isinstance(getattr(content, name), hint) for name, hint in get_type_hints(kind).items())
+    return content if is_one else None

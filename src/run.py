@@ -146,9 +146,27 @@ def locked(directory: Path) -> Iterator[None]:
         _acquire(file, directory)
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(holder(os.getpid()))
         file.flush()
         yield
+
+
+def holder(process: int) -> str:
+    """What a process of this machine is called in the locks that it holds."""
+    return f"process {process} on {socket.gethostname()}"
+
+
+def holder_of(directory: Path) -> str | None:
+    """Who writes to a run directory just now, if anybody does."""
+    try:
+        with (directory / ".lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read()
+    except OSError:  # none there, or a file system without locks
+        pass
+    return None
 
 
 def name_of(directory: Path, start: Path) -> str:

@@ -10,6 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 from optuna.trial import TrialState
 
+from src.launch import ending_the_program
 from src.run import locked
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class ContinueStudy(Callback):
     same directories, where they resume.
     """
 
+    @ending_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before the first trial."""
         sweeper = config.hydra.sweeper

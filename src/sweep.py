@@ -1,10 +1,12 @@
 """A sweep: many runs by one command, which can be killed like a run, and run again."""
 
-import json
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 from types import FrameType
@@ -18,13 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.errors import ConfigError
-from src.launch import describe
-from src.run import is_neutral, run_name
-from src.worker import stop_file, sweep_is_over
+from src.launch import describe, ending_the_program
+from src.result import FAILURE_NAME, Failure, read_failure, write_failure
+from src.run import holder, holder_of, is_neutral, run_name
+from src.worker import ignore_signals, is_worker, stop_file, sweep_is_over
 
 log = logging.getLogger(__name__)
 
-FAILURE_NAME = "failure.json"
 _ID = "HOLDFAST_SWEEP"  # environment variable: jobs inherit it, whatever launcher starts them
 
 
@@ -35,20 +37,22 @@ class Sweep(Callback):
     process that the command has started, if asked to stop, lets its workers save before it ends.
     """
 
+    @ending_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before the first job."""
         _refuse_shared_directories(config)
         os.environ[_ID] = uuid.uuid4().hex
-        self.stopped_by = 0
+        self.stopping = False
         self.directory = Path(config.hydra.sweep.dir).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        stop_file(self.directory, os.getpid()).unlink(missing_ok=True)
         if config.hydra.launcher._target_.endswith(".JoblibLauncher"):  # others have no workers that wait for this one
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """In the job's process: it is tried again."""
+        if is_worker():
+            ignore_signals()
         if config.hydra.mode is RunMode.MULTIRUN:
             Path(config.hydra.runtime.output_dir, FAILURE_NAME).unlink(missing_ok=True)
 
@@ -63,47 +67,35 @@ class Sweep(Callback):
             log.info(text)
             return
         log.error("this job has failed: %s", text)
-        note = {
-            "sweep": os.environ.get(_ID),
-            "job": list(config.hydra.overrides.task),
-            "error": text,
-            "exit_code": getattr(error, "exit_code", 1),
-        }
-        Path(config.hydra.runtime.output_dir, FAILURE_NAME).write_text(json.dumps(note, indent=2) + "\n")
+        failure = Failure(os.environ[_ID], " ".join(config.hydra.overrides.task), text, getattr(error, "exit_code", 1))
+        write_failure(Path(config.hydra.runtime.output_dir), failure)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After the last job. Ends the program if not all is well."""
-        stop_file(self.directory, os.getpid()).unlink(missing_ok=True)
-        if self.stopped_by:
-            name = signal.Signals(self.stopped_by).name
-            print(f"the sweep was stopped by {name}; run the same command again to go on", file=sys.stderr)
-            sys.exit(128 + self.stopped_by)
-        failures = [note for path in sorted(self.directory.rglob(FAILURE_NAME)) if (note := read_failure(path.parent))]
-        failures = [note for note in failures if note["sweep"] == os.environ[_ID]]
-        for note in failures:
-            print(f"failed: {' '.join(note['job'])}: {note['error']}", file=sys.stderr)
+        """After the last job. Ends the program if one has failed."""
+        noted = [read_failure(path.parent) for path in sorted(self.directory.rglob(FAILURE_NAME))]
+        failures = [failure for failure in noted if failure is not None and failure.sweep == os.environ[_ID]]
+        for failure in failures:
+            print(f"failed: {failure.job}: {failure.error}", file=sys.stderr)
         if failures:
-            print(f"{len(failures)} of the jobs failed; the same command tries only those again", file=sys.stderr)
-            sys.exit(failures[0]["exit_code"])
+            print(f"jobs that failed: {len(failures)}; the same command tries only these again", file=sys.stderr)
+            sys.exit(failures[0].exit_code)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.stopped_by:
-            print("stopped at once; what has been saved is whole", file=sys.stderr)
-            sys.exit(128 + number)  # the launcher then kills its workers
-        self.stopped_by = number
-        stop_file(self.directory, os.getpid()).touch()
-        print("asked to stop: waiting until the jobs have saved; once more to end at once", file=sys.stderr)
+        """Wait, if asked once, until no worker trains any more. That the program ends has the launcher kill them."""
+        if not self.stopping:
+            self.stopping = True
+            print("asked to stop: the jobs are saved; once more ends them at once", file=sys.stderr)
+            file = stop_file(self.directory, os.getpid())
+            file.touch()
+            atexit.register(file.unlink, missing_ok=True)
+            while self._are_training(multiprocessing.active_children()):
+                time.sleep(0.1)
+        print(f"stopped by {signal.Signals(number).name}; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + number)
 
-
-def read_failure(directory: Path) -> dict[str, Any] | None:
-    """The note that a job has left that failed when it was last tried; None if it did not."""
-    try:
-        note = json.loads((directory / FAILURE_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    kinds = {"sweep": str, "job": list, "error": str, "exit_code": int}
-    is_one = isinstance(note, dict) and all(isinstance(note.get(key), kind) for key, kind in kinds.items())
-    return note if is_one else None
+    def _are_training(self, workers: list[multiprocessing.process.BaseProcess]) -> bool:
+        names = {holder(worker.pid) for worker in workers if worker.pid is not None}
+        return any(holder_of(path.parent) in names for path in self.directory.rglob(".lock"))
 
 
 def _refuse_shared_directories(config: DictConfig) -> None:
@@ -113,15 +105,13 @@ def _refuse_shared_directories(config: DictConfig) -> None:
     from_config = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     for override in OverridesParser.create().parse_overrides([*from_config, *config.hydra.overrides.task]):
         if override.is_sweep_override() and _is_shared(override):
-            error = ConfigError(
+            raise ConfigError(
                 override.get_key_element(),
                 override.get_value_string(),
                 "two jobs would have one directory, whose name is made of what changes the result. Sweep over "
                 "something that does, with each value once, or name the jobs yourself: "
                 "'hydra.sweep.subdir=${hydra.job.override_dirname}'",
             )
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
 
 
 def _is_shared(override: Override) -> bool:

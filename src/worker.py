@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +27,15 @@ def is_worker() -> bool:
     return in_sweep() and multiprocessing.parent_process() is not None
 
 
-def stop_file(sweep: Path, process: int) -> Path:
-    """What is there when the sweep of that process has been asked to stop.
+def ignore_signals() -> None:
+    """Between trainings, leave it to the sweep's process to be asked to stop. A worker that ends by itself looks to the
+    launcher like one that has crashed: it then kills the others, whatever they are just saving."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
-    No signal, because one that comes while a worker is still importing, or between two jobs, would kill it; and when
-    one worker is killed, the launcher kills the others, whatever they are just saving.
-    """
+
+def stop_file(sweep: Path, process: int) -> Path:
+    """What is there when the sweep of that process has been asked to stop."""
     return sweep / f".stop_{process}"
 
 
