@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from src.checkpoint.catalog import Catalog
 from src.result import read_failure, read_result
@@ -39,7 +40,7 @@ def _jobs(directory: Path) -> list[Path]:
 def _overrides(job: Path) -> list[str]:
     try:
         return [str(override) for override in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-    except (OSError, OmegaConfBaseException, ValueError):
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return [job.name]
 
 
