@@ -37,7 +37,7 @@ class Result:
     """Where it was reached."""
     last_step: int
     """Of the run; its checkpoint is the last one."""
-    config: dict  # type: ignore[type-arg]
+    config: dict
     """The resolved config of the run."""
 
 
@@ -47,7 +47,7 @@ class Failure:
 
     sweep: str
     """Which one, of those that have tried it."""
-    job: str
+    job: list
     """Its overrides."""
     error: str
     exit_code: int

@@ -1,6 +1,7 @@
 """A sweep by Optuna that is killed and goes on: towards a number of trials in all, losing none that was begun."""
 
 import logging
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ class ContinueStudy(Callback):
         directory = Path(config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
         _until_the_end.enter_context(locked(directory))  # whatever is said to be running now has died
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        for library in ("optuna", "alembic"):  # Hydra has just turned all of them up
+            logging.getLogger(library).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of queueing trials
         study = optuna.create_study(
             study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction, load_if_exists=True
         )
         again = queue_lost_trials(study)
-        complete = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         log.info("%d of %d trials are done, %d are tried again", complete, sweeper.n_trials, again)
         with read_write(config), open_dict(config):
             sweeper.n_trials = max(0, sweeper.n_trials - complete)
@@ -52,11 +55,11 @@ def queue_lost_trials(study: optuna.Study) -> int:
     """
     trials = study.get_trials(deepcopy=False)
     known = [trial.params for trial in trials if trial.state is TrialState.COMPLETE]
-    known += [trial.system_attrs.get("fixed_params") for trial in trials if trial.state is TrialState.WAITING]
+    known += [trial.system_attrs.get("fixed_params", {}) for trial in trials if trial.state is TrialState.WAITING]
     for trial in trials:
         if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params and trial.params not in known:
             study.enqueue_trial(trial.params)
             known.append(trial.params)
         if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-    return len(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

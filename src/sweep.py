@@ -16,18 +16,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 from src.errors import ConfigError
 from src.launch import describe, ending_the_program
 from src.result import FAILURE_NAME, Failure, read_failure, write_failure
 from src.run import holder, holder_of, is_neutral, run_name
-from src.worker import ignore_signals, is_worker, stop_file, sweep_is_over
+from src.worker import SWEEP, ignore_signals, in_sweep, is_worker, stop_file, sweep_is_over
 
 log = logging.getLogger(__name__)
-
-_ID = "HOLDFAST_SWEEP"  # environment variable: jobs inherit it, whatever launcher starts them
 
 
 class Sweep(Callback):
@@ -41,11 +38,14 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before the first job."""
         _refuse_shared_directories(config)
-        os.environ[_ID] = uuid.uuid4().hex
+        os.environ[SWEEP] = f"{os.getpid()}-{uuid.uuid4().hex}"
         self.stopping = False
         self.directory = Path(config.hydra.sweep.dir).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        if config.hydra.launcher._target_.endswith(".JoblibLauncher"):  # others have no workers that wait for this one
+        if config.hydra.launcher._target_.endswith(".JoblibLauncher"):  # others have no workers that live with it
+            with read_write(config):
+                # Else jobs that are done already teach it to hand out several at a time, for one worker after all.
+                config.hydra.launcher.batch_size = "1"
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
@@ -53,12 +53,12 @@ class Sweep(Callback):
         """In the job's process: it is tried again."""
         if is_worker():
             ignore_signals()
-        if config.hydra.mode is RunMode.MULTIRUN:
+        if in_sweep():
             Path(config.hydra.runtime.output_dir, FAILURE_NAME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In the job's process. A failure is not left to Hydra, which would raise the first and forget the others."""
-        if config.hydra.mode is not RunMode.MULTIRUN or job_return.status is not JobStatus.FAILED:
+        if not in_sweep() or job_return.status is not JobStatus.FAILED:
             return
         error = job_return._return_value
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
@@ -67,15 +67,18 @@ class Sweep(Callback):
             log.info(text)
             return
         log.error("this job has failed: %s", text)
-        failure = Failure(os.environ[_ID], " ".join(config.hydra.overrides.task), text, getattr(error, "exit_code", 1))
+        job = [str(override) for override in config.hydra.overrides.task]
+        failure = Failure(os.environ[SWEEP], job, text, getattr(error, "exit_code", 1))
         write_failure(Path(config.hydra.runtime.output_dir), failure)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """After the last job. Ends the program if one has failed."""
         noted = [read_failure(path.parent) for path in sorted(self.directory.rglob(FAILURE_NAME))]
-        failures = [failure for failure in noted if failure is not None and failure.sweep == os.environ[_ID]]
+        failures = [failure for failure in noted if failure is not None and failure.sweep == os.environ[SWEEP]]
+        swept = tuple(f"{override.get_key_element()}=" for override in _swept(config))
         for failure in failures:
-            print(f"failed: {failure.job}: {failure.error}", file=sys.stderr)
+            job = " ".join(override for override in failure.job if override.startswith(swept))
+            print(f"failed: {job}: {failure.error}", file=sys.stderr)
         if failures:
             print(f"jobs that failed: {len(failures)}; the same command tries only these again", file=sys.stderr)
             sys.exit(failures[0].exit_code)
@@ -102,9 +105,8 @@ def _refuse_shared_directories(config: DictConfig) -> None:
     """Refuse a sweep of which two jobs would train in the same directory, at the same time or one over the other."""
     if any(str(override).startswith("hydra.sweep.subdir=") for override in config.hydra.overrides.hydra):
         return
-    from_config = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    for override in OverridesParser.create().parse_overrides([*from_config, *config.hydra.overrides.task]):
-        if override.is_sweep_override() and _is_shared(override):
+    for override in _swept(config):
+        if _is_shared(override):
             raise ConfigError(
                 override.get_key_element(),
                 override.get_value_string(),
@@ -112,6 +114,13 @@ def _refuse_shared_directories(config: DictConfig) -> None:
                 "something that does, with each value once, or name the jobs yourself: "
                 "'hydra.sweep.subdir=${hydra.job.override_dirname}'",
             )
+
+
+def _swept(config: DictConfig) -> list[Override]:
+    """What has several values, by the command line or by the sweeper's own config."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    return [override for override in overrides if override.is_sweep_override()]
 
 
 def _is_shared(override: Override) -> bool:

@@ -14,6 +14,9 @@ from hydra.types import RunMode
 from src.background import yield_to_training
 from src.preemption import Stop
 
+SWEEP = "HOLDFAST_SWEEP"
+"""Environment variable, set by a sweep and inherited by its jobs, whatever launcher starts them: `process-id`."""
+
 _EVERY = 0.2  # seconds between looks
 
 
@@ -23,8 +26,9 @@ def in_sweep() -> bool:
 
 
 def is_worker() -> bool:
-    """Whether it does so for another process, which waits for what comes of it."""
-    return in_sweep() and multiprocessing.parent_process() is not None
+    """Whether it does so for another process, its parent, which waits for what comes of it."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and in_sweep() and os.environ.get(SWEEP, "").startswith(f"{parent.pid}-")
 
 
 def ignore_signals() -> None:
@@ -41,12 +45,13 @@ def stop_file(sweep: Path, process: int) -> Path:
 
 def sweep_is_over() -> str | None:
     """Why this worker should stop; None if it should not, or if it is none."""
-    parent = multiprocessing.parent_process()
-    if parent is None or not in_sweep():
+    if not is_worker():
         return None
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
     if os.getppid() != parent.pid:
         return "the death of its sweep"
-    assert parent.pid is not None
     config = HydraConfig.get()
     if stop_file(Path(config.runtime.cwd, config.sweep.dir), parent.pid).exists():
         return "its sweep, which was asked to stop"

@@ -34,7 +34,9 @@ def sweep_rows(directory: Path) -> list[list[str]]:
 def _jobs(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return [path for path in sorted(directory.iterdir()) if (path / ".hydra").is_dir() or (path / "checkpoints").is_dir()]
+    return [
+        path for path in sorted(directory.iterdir()) if (path / ".hydra").is_dir() or (path / "checkpoints").is_dir()
+    ]
 
 
 def _overrides(job: Path) -> list[str]:
