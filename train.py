@@ -17,15 +17,17 @@ from src.checkpoint.mirror import NO_MIRROR, open_mirror
 from src.checkpoint.sharded import ShardedWriter
 from src.launch import build, one_line_errors
 from src.preemption import Stop
+from src.result import already_done, write_result
 from src.run import Run, register_resolvers
 from src.summary import summarize
 from src.tracker import Silence, Tracker
+from src.worker import watch_parent
 
 register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> float:
+def main(config: DictConfig) -> float | None:
     """One run, from its first step or from wherever it left off, to its end. Returns its best metric."""
     with (
         one_line_errors(),
@@ -33,6 +35,10 @@ def main(config: DictConfig) -> float:
         Run.open(config, world.is_main) as run,
         Tracker(run.directory, run.settings) if world.is_main else Silence() as tracker,
     ):
+        done = already_done(run) if world.is_main else None
+        if world.tell(done is not None):
+            return done
+
         # Everything that can be wrong with the config is found here, before the first step.
         trainer = build("trainer", config.trainer)
         policy = build("checkpoint", config.checkpoint)
@@ -69,10 +75,12 @@ def main(config: DictConfig) -> float:
             mirror, checkpointer = NO_MIRROR, follower(policy, world, shards)
         with checkpointer:
             checkpointer.restore(state, config.resume, config.init_from)
-            with Stop(trainer.grace, world) as stop, preemption.watch(stop):
+            with Stop(trainer.grace, world) as stop, preemption.watch(stop), watch_parent(stop):
                 trainer.fit(state, data, checkpointer, tracker, stop)
             best = summarize(run, state, checkpointer, mirror, tracker)
         mirror.insist()
+        if world.is_main:
+            write_result(run, state)
         return best
 
 

@@ -12,7 +12,6 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +20,7 @@ from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
 from src.run import flatten
+from src.worker import in_sweep, is_worker, sweep_is_over
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
@@ -84,20 +84,27 @@ def _call(config: DictConfig) -> str:
     return f"{config['_target_']}({', '.join(f'{name}={value}' for name, value in _settings(config).items())})"
 
 
+@contextmanager
+def ending_the_program() -> Iterator[None]:
+    """For Hydra's callbacks: of what they raise, Hydra would only make a warning."""
+    try:
+        yield
+    except HoldfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 class RefuseCredentials(Callback):
     """Ends the program before Hydra writes a config that holds a password to the disk."""
 
+    @ending_the_program()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the values of one run."""
         plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
         for key, value in flatten({str(group): values for group, values in plain.items() if group != "hydra"}).items():
             if isinstance(value, str) and "://" in value:
-                try:
-                    require_no_credentials(key, value)
-                except ConfigError as error:  # Hydra would make a warning of it
-                    print(f"error: {error}", file=sys.stderr)
-                    sys.exit(error.exit_code)
+                require_no_credentials(key, value)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the values that all runs of a sweep share."""
@@ -111,16 +118,22 @@ def one_line_errors() -> Iterator[None]:
     Needed twice: around `main()`, where all that can go wrong is what Hydra finds (a config that does not
     compose, a run directory that the operating system refuses), and inside, for what we find. There,
     everything else is a bug and keeps its traceback; so does everything when HYDRA_FULL_ERROR=1 is set,
-    Hydra's own switch for that. In a sweep a job's error is raised: what it means to the other jobs is
-    the launcher's business.
+    Hydra's own switch for that. In a sweep a job's error is raised, and `src.sweep.Sweep` is told of it. That a
+    job has stopped ends the sweep; where it is a worker that stops, the others are not to be disturbed, so there it
+    is an error like any other.
     """
     logging.raiseExceptions = False  # a log file on a full disk must not bury the message in tracebacks
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us the exception instead of printing it
     try:
+        if reason := sweep_is_over():
+            raise HoldfastError(f"not begun because of {reason}")
         yield
     except Stopped as stopped:
+        if is_worker():
+            raise HoldfastError(str(stopped)) from None
         if is_main_process():
             print(stopped, file=sys.stderr)
+        stopped.hand_on()
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:  # before training began
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -130,14 +143,19 @@ def one_line_errors() -> Iterator[None]:
         known = not in_job or isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
         if _WANTS_TRACEBACK or not known:
             traceback.print_exc()
-        if in_job and HydraConfig.get().mode is RunMode.MULTIRUN:
+        if in_sweep():
             raise
         if known:
-            print(f"error: {' '.join(_describe(error).split())}", file=sys.stderr)
+            print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", ConfigError.exit_code if known else 1))
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """What the user should know of an error, in one line."""
+    return " ".join(_text_of(error).split())
+
+
+def _text_of(error: BaseException) -> str:
     if isinstance(error, HoldfastError):
         return str(error)
     chain = [error]  # what led to it, as far back as there is anything new

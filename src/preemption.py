@@ -36,7 +36,15 @@ class Stopped(BaseException):
         super().__init__(
             f"stopped by {reason} after step {global_step}, which is saved; run the same command again to go on"
         )
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+    def hand_on(self) -> None:
+        """Raise the signal again for whoever handled it before training began: a scheduler's handler that queues the
+        job anew, say. Python's own handlers would only end the process, which its caller does anyway."""
+        handler = signal.getsignal(self.signal_number)
+        if callable(handler) and handler is not signal.default_int_handler:
+            signal.raise_signal(self.signal_number)
 
 
 class Stop:

@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import ConfigError, HoldfastError
+from src.worker import in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ them is compared by itself, as `data_set`)."""
 
 _NAME_LIMIT = 120  # characters; file systems allow 255, and tools add to it
 _LOCK_PATIENCE = 3.0  # seconds: a process that was just killed takes a moment to let go
+_SWEEP_LOCK_PATIENCE = 90.0  # and the workers of a sweep that was killed save what they are at
 
 
 def is_neutral(key: str, neutral: Sequence[str] = RESULT_NEUTRAL) -> bool:
@@ -75,7 +77,8 @@ def run_name(name: str | None, overrides: Sequence[str]) -> str:
     chosen = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element().lstrip("+")
-        value = override.get_value_element_as_str()
+        is_sweep = override.is_sweep_override()
+        value = override.get_value_string() if is_sweep else override.get_value_element_as_str()
         if not is_neutral(key) and f"{key}={value}" not in _NEUTRAL_CHOICES:
             chosen[key] = value
     if not chosen:
@@ -151,9 +154,27 @@ def locked(directory: Path) -> Iterator[None]:
         _acquire(file, directory)
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(holder(os.getpid()))
         file.flush()
         yield
+
+
+def holder(process: int) -> str:
+    """What a process of this machine is called in the locks that it holds."""
+    return f"process {process} on {socket.gethostname()}"
+
+
+def holder_of(directory: Path) -> str | None:
+    """Who writes to a run directory just now, if anybody does."""
+    try:
+        with (directory / ".lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read()
+    except OSError:  # none there, or a file system without locks
+        pass
+    return None
 
 
 def name_of(directory: Path, start: Path) -> str:
@@ -173,7 +194,9 @@ def name_of(directory: Path, start: Path) -> str:
 
 
 def _acquire(file: IO[str], directory: Path) -> None:
-    deadline = time.monotonic() + _LOCK_PATIENCE
+    patience = _SWEEP_LOCK_PATIENCE if in_sweep() else _LOCK_PATIENCE
+    deadline = time.monotonic() + patience
+    said = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,20 +208,25 @@ def _acquire(file: IO[str], directory: Path) -> None:
                     f"{directory} is being written by {file.read() or 'another process'}; wait for it or stop it, "
                     "or give this run a directory of its own with run=NAME"
                 ) from None
+            if not said and time.monotonic() > deadline - patience + _LOCK_PATIENCE:
+                log.info("waiting up to %g s for another process to let go of %s", patience, directory)
+                said = True
             time.sleep(0.1)
         except OSError as error:
             log.warning("%s cannot be locked (%s): see to it that only one process trains there", directory, error)
             return
 
 
-def config_drift(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The settings that change the result and differ, each as `key: saved -> current`."""
+def config_drift(
+    saved: Mapping[str, Any], current: Mapping[str, Any], free: Sequence[str] = RESULT_NEUTRAL + _NAME_ONLY
+) -> list[str]:
+    """The settings that change the result (all but the `free` ones) and differ, each as `key: saved -> current`."""
     before, now = flatten(saved), flatten(current)
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {now.get(key, absent)}"
         for key in sorted(before.keys() | now.keys())
-        if not is_neutral(key, RESULT_NEUTRAL + _NAME_ONLY) and before.get(key, absent) != now.get(key, absent)
+        if not is_neutral(key, free) and before.get(key, absent) != now.get(key, absent)
     ]
 
 

@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, settings
 
-from src import summary
+from src import result, summary
 from tests.store import KEY, SECRET, Network, Store
 
 # Processes that tests start come from a server that has imported what they need, once for all of them.
@@ -149,11 +149,15 @@ def train(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back after one_line_errors has set it
     deterministic = torch.are_deterministic_algorithms_enabled()
     returned: list[float] = []
-    original = summary.summarize
 
-    def summarize(*arguments: Any) -> float:
-        returned.append(original(*arguments))
-        return returned[-1]
+    def noted(function: Callable[..., float | None]) -> Callable[..., float | None]:
+        def call(*arguments: Any) -> float | None:
+            metric = function(*arguments)
+            if metric is not None:
+                returned.append(metric)
+            return metric
+
+        return call
 
     def run(*overrides: str) -> Result:
         GlobalHydra.instance().clear()
@@ -172,7 +176,9 @@ def train(
                 handler.close()
         return Result(status, returned[0] if returned else None, "".join(capsys.readouterr()))
 
-    monkeypatch.setattr(summary, "summarize", summarize)  # Hydra swallows what main returns
+    # Hydra swallows what main returns.
+    monkeypatch.setattr(summary, "summarize", noted(summary.summarize))
+    monkeypatch.setattr(result, "already_done", noted(result.already_done))
     yield run
     torch.use_deterministic_algorithms(deterministic)
 

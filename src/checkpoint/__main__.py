@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from src.checkpoint.export import export
 from src.checkpoint.manifest import CorruptCheckpoint, Manifest
 from src.checkpoint.remote import Connect, RemoteCatalog, at_hand, catalogs_at, is_url
 from src.checkpoint.run_files import RunFiles
+from src.checkpoint.sweep_table import SWEEP_COLUMNS, is_sweep, sweep_rows
 from src.errors import CheckpointError, ConfigError, HoldfastError
 from src.goodput import account_of, lives_of
 from src.run import locked, name_of
@@ -59,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return added
 
     for name, run, text in (
-        ("ls", _list, "list the checkpoints of a run, here and in its mirror, by their manifests"),
+        ("ls", _list, "list the checkpoints of a run, here and in its mirror, by their manifests; or a sweep's jobs"),
         ("verify", _verify, "compare every byte of every checkpoint with its checksum"),
     ):
         added = command(name, run, text)
@@ -88,6 +89,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if not is_url(options.place) and is_sweep(Path(options.place)):
+        _print_table(SWEEP_COLUMNS, sweep_rows(Path(options.place)), numbers=(2,))
+        return 0
     local, remote, _ = _places(options)
     here: Found = _manifests(local)
     there: Found = {}
@@ -231,7 +235,7 @@ def _report(place: str, here: Found, there: Found, looked: Sequence[str]) -> int
         if best is not None and best.get("global_step") == step:
             remarks.append("best")
         rows.append([str(step), *(_cells(good) if good else [""] * 4), where, " ".join(remarks)])
-    _print_table(_COLUMNS, rows)
+    _print_table(_COLUMNS, rows, numbers=range(4))
     if not is_url(place) and (lives := lives_of(Path(place))):
         print(f"goodput: {account_of(lives)}")
     return 1 if damaged else 0
@@ -250,12 +254,11 @@ def _age(created: str) -> str:
     return str(timedelta(seconds=max(0, round(age.total_seconds()))))
 
 
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
+def _print_table(header: list[str], rows: list[list[str]], numbers: Container[int]) -> None:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
-        # The first four columns are numbers: right-aligned.
         cells = [
-            cell.rjust(width) if column < 4 else cell.ljust(width)
+            cell.rjust(width) if column in numbers else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())

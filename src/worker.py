@@ -1,0 +1,91 @@
+"""A process that a sweep (hydra/launcher=joblib) or torchrun has started: it works no longer than they do."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from torch.distributed import is_torchelastic_launched
+
+from src.background import yield_to_training
+from src.preemption import Stop
+
+SWEEP = "HOLDFAST_SWEEP"
+"""Environment variable, set by a sweep and inherited by its jobs, whatever launcher starts them: `process-id`."""
+
+_EVERY = 0.2  # seconds between looks
+
+
+def in_sweep() -> bool:
+    """Whether this process is just now at a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def is_worker() -> bool:
+    """Whether it does so for another process, its parent, which waits for what comes of it."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and in_sweep() and os.environ.get(SWEEP, "").startswith(f"{parent.pid}-")
+
+
+def ignore_signals() -> None:
+    """Between trainings, leave it to the sweep's process to be asked to stop. A worker that ends by itself looks to the
+    launcher like one that has crashed: it then kills the others, whatever they are just saving."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop_file(sweep: Path, process: int) -> Path:
+    """What is there when the sweep of that process has been asked to stop."""
+    return sweep / f".stop_{process}"
+
+
+def sweep_is_over() -> str | None:
+    """Why this worker should stop; None if it should not, or if it is none."""
+    if not is_worker():
+        return None
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    if os.getppid() != parent.pid:
+        return "the death of its sweep"
+    config = HydraConfig.get()
+    if stop_file(Path(config.runtime.cwd, config.sweep.dir), parent.pid).exists():
+        return "its sweep, which was asked to stop"
+    return None
+
+
+@contextmanager
+def watch_parent(stop: Stop) -> Iterator[None]:
+    """While entered, the end of what started this process, a sweep or torchrun, is a request to stop: the same command
+    would find the run being written."""
+    parent = os.getppid()
+
+    def reason() -> str | None:
+        if is_torchelastic_launched():
+            return "the death of torchrun" if os.getppid() != parent else None
+        return sweep_is_over()
+
+    if not is_worker() and not is_torchelastic_launched():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_look, args=(stop, done, reason), name="parent-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _look(stop: Stop, done: threading.Event, reason_to_stop: Callable[[], str | None]) -> None:
+    yield_to_training()
+    while not done.wait(_EVERY):
+        if reason := reason_to_stop():
+            stop.request(reason)
+            return
