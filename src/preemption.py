@@ -57,8 +57,8 @@ class Stop:
     and where that is a finalizer or a callback from C it is printed and forgotten. Here that costs nothing but the
     time until the next `check`.
 
-    Of several ranks all stop after the same step, the one after that in which one of them was asked. A rank that left
-    an evaluation by itself would have the others wait for it, so nothing is left in the middle there.
+    Of several ranks all stop after the same step, the one after that in which one of them was asked, or after the same
+    batch of an evaluation. A rank that left by itself would have the others wait for it.
     """
 
     def __init__(self, grace: float = 60.0, world: World = ALONE) -> None:
@@ -153,6 +153,17 @@ class Stop:
                     item = next(iterator)
                 except StopIteration:
                     return
+            yield item
+
+    def together(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, as many on each rank; between two of them all ranks may leave.
+
+        Raises:
+            Interrupted: one of several ranks has been asked to stop.
+        """
+        for item in items:
+            if self._world.size > 1:
+                self.check()
             yield item
 
     def heeded(self) -> None:

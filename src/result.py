@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
-from src.checkpoint.catalog import Catalog
-from src.checkpoint.manifest import MANIFEST_NAME, CorruptCheckpoint, read_manifest
+from src.checkpoint.catalog import Catalog, verify
+from src.checkpoint.manifest import CorruptCheckpoint
 from src.errors import CheckpointError
 from src.run import RESULT_NEUTRAL, Run, config_drift
 from src.state import TrainState
@@ -114,15 +114,15 @@ def already_done(run: Run) -> float | None:
 
 
 def _is_whole(directory: Path, last_step: int) -> bool:
-    """Whether the last checkpoint is there, and its files as long as they should be: all that takes no time."""
+    """Whether the last checkpoint is there, byte for byte."""
     last = next(reversed(Catalog(directory / "checkpoints").by_step().items()), None)
     if last is None or last[0] != last_step:
         return False
     try:
-        files = read_manifest(last[1] / MANIFEST_NAME).files
-        return all((last[1] / name).stat().st_size == entry.size for name, entry in files.items())
+        verify(last[1])
     except (CorruptCheckpoint, CheckpointError, OSError):
         return False
+    return True
 
 
 def _write(path: Path, content: Result | Failure) -> None:

@@ -26,7 +26,8 @@ def seed_cpu(seed: int) -> None:
 def seed_everything(seed: int) -> None:
     """Seed the generators of python, numpy, torch on the CPU and on every GPU."""
     seed_cpu(seed)
-    torch.cuda.manual_seed_all(seed)
+    if torch.cuda.is_available():  # else it would keep a note for later, slowly
+        torch.cuda.manual_seed_all(seed)
 
 
 def rng_state() -> dict[str, Any]:

@@ -6,17 +6,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from src.errors import ConfigError
+
 
 def shard(model: nn.Module, device_type: str, ranks: int) -> None:
     """Leave of each parameter only this rank's piece. Those of one block are brought together when it is computed:
     of each member of an `nn.Sequential` or `nn.ModuleList` (a ViT's layers, a ResNet's), then of what is left."""
     mesh = init_device_mesh(device_type, (ranks,))
+    tied = _names_by_parameter(model)
     for module in reversed(list(model.modules())):  # inner ones first
         if isinstance(module, nn.Sequential | nn.ModuleList):
             for block in module.children():
                 if any(True for _ in block.parameters()) and not isinstance(block, nn.ModuleList):
                     fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if sorted(_names_by_parameter(model)) != sorted(tied):
+        pairs = ", ".join(" = ".join(names) for names in tied if len(names) > 1)
+        raise ConfigError("trainer.strategy", "fsdp", f"would untie weights of different blocks ({pairs}): trainer=ddp")
+
+
+def _names_by_parameter(model: nn.Module) -> list[tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tuple(group) for group in names.values()]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -155,13 +155,14 @@ class TrainState:
     def own_part(self) -> Callable[[TensorPath, Tensor], Tensor]:
         """What this rank keeps of a whole tensor at a place in a state: a piece of those that it has in pieces."""
         in_pieces: dict[TensorPath, Tensor] = {
-            ("model_state_dict", key): parameter for key, parameter in self.model.named_parameters()
+            ("model_state_dict", key): parameter
+            for key, parameter in self.model.named_parameters(remove_duplicate=False)
         }
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         def part(path: TensorPath, tensor: Tensor) -> Tensor:
             like = in_pieces.get(path)
-            if path[:2] == ("optimizer_state_dict", "state"):
+            if path[:2] == ("optimizer_state_dict", "state") and int(path[2]) < len(parameters):
                 like = parameters[int(path[2])]
             return piece_of(tensor, like)
 

@@ -285,7 +285,7 @@ class Trainer:
 
             self.world.broadcast_(state.model.buffers())  # BatchNorm's statistics are those of rank 0
             with self._undone_if_left(state, stop):
-                metrics = self.evaluate(model, val_batches)
+                metrics = self.evaluate(model, val_batches, stop)
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
             state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
             averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
@@ -294,11 +294,11 @@ class Trainer:
             checkpointer.step(state)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: ResumableLoader) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: ResumableLoader, stop: Stop | None = None) -> dict[str, float]:
         """Mean loss and accuracy over a data set, a share on each rank. Draws no random numbers, changes no buffers."""
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for images, labels in batches.epoch(0):
+        for images, labels in stop.together(batches.epoch(0)) if stop is not None else batches.epoch(0):
             x, y = self._to_device(images, labels)
             with self._autocast():
                 logits = model(x)
@@ -322,7 +322,12 @@ class Trainer:
             return model
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(
-            model, device_ids=[self.device] if on_gpu else None, gradient_as_bucket_view=True
+            model,
+            device_ids=[self.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            # Else it sorts its buckets anew after its first step, which a resumed run takes at another time than one that
+            # was not killed: with three ranks or more, sums in another order, and other last bits.
+            find_unused_parameters=True,
         )
 
     def _only_here(self, model: Any, more_to_come: bool) -> AbstractContextManager[None]:

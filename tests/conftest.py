@@ -25,6 +25,9 @@ from hypothesis import HealthCheck, settings
 from src import result, summary
 from tests.store import KEY, SECRET, Network, Store
 
+# Several tests run at the same time: with more threads than cores, OpenMP's wait for each other far longer than they work.
+torch.set_num_threads(1)
+
 # Processes that tests start come from a server that has imported what they need, once for all of them.
 multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "tests.test_writer", "tests.test_loader"])
 

@@ -355,6 +355,8 @@ def test_the_thread_that_writes_lets_training_go_first(make: Make, monkeypatch: 
 
 def test_the_thread_that_writes_starts_no_threads_for_arithmetic(make: Make) -> None:
     """Two sets of OpenMP's threads on the same cores make every training step take twice as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     state = new_state(width=512)
     checkpointer = make(EverySteps(every=2), state)
     train_step(state, checkpointer)
@@ -366,6 +368,7 @@ def test_the_thread_that_writes_starts_no_threads_for_arithmetic(make: Make) -> 
     before = unknown_to_python()
     train_step(state, checkpointer)
     checkpointer.wait()
+    torch.set_num_threads(threads)
     assert checkpointer.saves == 1
     assert unknown_to_python() <= before
 

@@ -51,7 +51,7 @@ def test_a_finished_run_returns_its_metric_at_once(train: Train) -> None:
     assert first.status == 0
     before = {path: path.stat().st_mtime_ns for path in (RUN / "checkpoints").rglob("*")}
     again = train(*TINY, "trainer.epochs=1")
-    assert "nothing left to train" in again.output
+    assert "already done: val/accuracy" in again.output
     assert again.metric == first.metric
     assert {path: path.stat().st_mtime_ns for path in (RUN / "checkpoints").rglob("*")} == before
 

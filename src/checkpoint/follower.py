@@ -4,13 +4,14 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from src.background import yield_to_training
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.policy import CheckpointPolicy
-from src.checkpoint.sharded import ShardedWriter, outline_of
+from src.checkpoint.sharded import OtherRankFailed, Outline, ShardedWriter, outline_of
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
 from src.distributed import World
 from src.sharding import local
@@ -89,9 +90,10 @@ class ShardFollower(Follower):
     def wait(self) -> None:
         """Until nothing is in flight. What failed is rank 0's to report, and to try again."""
         if self._written is not None and (error := self._written.exception()) is not None:
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError | MemoryError):
                 raise error
-            log.error("rank %d could not save its piece: %s", self._world.rank, error)
+            if not isinstance(error, OtherRankFailed):
+                log.error("rank %d could not save its piece: %s", self._world.rank, error)
         self._written = None
 
     def finish(self, state: TrainState, patience: Callable[[], float] = lambda: math.inf) -> None:
@@ -112,9 +114,17 @@ class ShardFollower(Follower):
         self._snapshot = self._snapshotter.take(map_tensors(saved, local), state.updated_tensors())
         self._written = self._thread.submit(self._write, self._snapshot, outline)
 
-    def _write(self, snapshot: Snapshot, outline: Any) -> None:
-        host_state = snapshot.complete()
-        self._pieces.write(outline, weights_are_finite(host_state), _not_here, host_state)
+    def _write(self, snapshot: Snapshot, outline: Outline) -> None:
+        host_state: Any = None
+
+        def begin() -> Path | None:
+            nonlocal host_state
+            host_state = snapshot.complete()
+            return None  # rank 0 has it
+
+        folder = self._pieces.together(begin)[0]
+        assert isinstance(folder, Path)
+        self._pieces.write(folder, outline, host_state, weights_are_finite(host_state))
 
 
 def follower(policy: CheckpointPolicy, world: World, shards: ShardedWriter | None) -> Follower:
@@ -124,7 +134,3 @@ def follower(policy: CheckpointPolicy, world: World, shards: ShardedWriter | Non
         shards: What the ranks write together, if each has a piece of the model.
     """
     return Follower(policy, world) if shards is None else ShardFollower(policy, world, shards)
-
-
-def _not_here() -> Any:
-    raise AssertionError("rank 0 prepares the folder")

@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from src.checkpoint.catalog import Catalog
 from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
-from src.checkpoint.sharded import ShardedWriter, outline_of
+from src.checkpoint.sharded import Outline, ShardedWriter, outline_of
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
-from src.checkpoint.writer import write_checkpoint
+from src.checkpoint.writer import being_written, commit, write_checkpoint
 from src.sharding import local
 from src.state import TrainState
 
@@ -96,12 +95,12 @@ class Saver:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.result()
-        saved, write_pieces = state.state_dict(), None
-        if self._shards is not None:
-            write_pieces = partial(self._shards.write, outline_of(saved))
+        saved = state.state_dict()
+        outline = outline_of(saved) if self._shards is not None else {}
+        if outline:
             saved = map_tensors(saved, local)
         snapshot = self._snapshotter.take(saved, state.updated_tensors())
-        committed = self._thread.submit(self._write, snapshot, manifest, write_pieces)
+        committed = self._thread.submit(self._write, snapshot, manifest, outline)
         return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)
 
     def await_with_progress(self, save: Save) -> None:
@@ -124,15 +123,35 @@ class Saver:
         if self._snapshotter is not None:
             self._snapshotter.close()
 
-    def _write(self, snapshot: Snapshot, manifest: Manifest, write_pieces: Callable[..., Any] | None) -> Committed:
-        host_state = snapshot.complete()
-        self._before_commit()
-        loss = float(host_state["loss"])
-        manifest = replace(manifest, loss=loss, finite=math.isfinite(loss) and weights_are_finite(host_state))
-        if write_pieces is not None:
-            write_pieces = partial(write_pieces, manifest.finite)
-        path, manifest = write_checkpoint(self._catalog, host_state, manifest, write_pieces)
+    def _write(self, snapshot: Snapshot, manifest: Manifest, outline: Outline) -> Committed:
+        if self._shards is None:
+            host_state, manifest = self._complete(snapshot, manifest)
+            path, manifest = write_checkpoint(self._catalog, host_state, manifest)
+        else:
+            path, manifest = self._write_together(self._shards, snapshot, manifest, outline)
         durable = time.monotonic()
         self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)
         return Committed(path, manifest.nbytes, durable, evaluated=bool(manifest.metrics))
+
+    def _complete(self, snapshot: Snapshot, manifest: Manifest) -> tuple[Any, Manifest]:
+        host_state = snapshot.complete()
+        self._before_commit()
+        loss = float(host_state["loss"])
+        finite = math.isfinite(loss) and weights_are_finite(host_state)
+        return host_state, replace(manifest, loss=loss, finite=finite)
+
+    def _write_together(
+        self, shards: ShardedWriter, snapshot: Snapshot, manifest: Manifest, outline: Outline
+    ) -> tuple[Path, Manifest]:
+        host_state: Any = None
+        with ExitStack() as stack:
+
+            def begin() -> Path:
+                nonlocal host_state, manifest
+                host_state, manifest = self._complete(snapshot, manifest)
+                return stack.enter_context(being_written(self._catalog, manifest))
+
+            folder = shards.together(begin)[0]
+            rest, reports = shards.write(folder, outline, host_state, manifest.finite)
+            return commit(self._catalog, folder, rest, manifest, reports)

@@ -7,30 +7,45 @@ pieces is one on the meta device: its shape and type, without contents.
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from src.checkpoint.checksum import entry_of
-from src.checkpoint.manifest import CorruptCheckpoint, FileEntry
+from src.checkpoint.manifest import MANIFEST_NAME, NOT_THERE, CorruptCheckpoint, FileEntry, read_manifest
 from src.checkpoint.snapshot import TensorPath, map_tensors, tensor_paths
 
 METADATA_NAME = ".metadata"
 _SUFFIX = ".distcp"
 
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=1)
+"""For how long a rank waits for the others to have written."""
+
+Outline = dict[TensorPath, DTensor]
+"""What of a state is in pieces."""
+
 Report = tuple[dict[str, FileEntry], bool]
 """What a rank has written, by file name; and whether its weights are numbers."""
+
+
+class OtherRankFailed(OSError):
+    """It says itself why."""
 
 
 class ShardedWriter:
@@ -40,32 +55,51 @@ class ShardedWriter:
         """To be called by all ranks."""
         self._rank, self._ranks = rank, ranks
         self._mesh: DeviceMesh = init_device_mesh("cpu", (ranks,))
-        group = dist.new_group(backend="gloo")  # of its own: another thread talks there than the loop's
+        # Of its own: another thread talks there than the loop's.
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
 
-    def write(
-        self,
-        outline: Mapping[TensorPath, DTensor],
-        finite: bool,
-        prepare: Callable[[], Path],
-        host_state: Any,
-    ) -> tuple[Any, list[Report]]:
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on all ranks, or fail on all of them: none ever waits for one that has given up.
+
+        Returns:
+            What came of it, by rank.
+
+        Raises:
+            OSError: another rank could not. (What went wrong here is raised as it is.)
+        """
+        answer: tuple[T | None, str | None]
+        error: Exception | None = None
+        try:
+            answer = work(), None
+        except Exception as failed:
+            error = failed
+            answer = None, str(error) or type(error).__name__
+        answers: list[Any] = [None] * self._ranks
+        dist.all_gather_object(answers, answer, group=self._group)
+        if error is not None:
+            raise error
+        for rank, (_, reason) in enumerate(answers):
+            if reason is not None:
+                raise OtherRankFailed(f"rank {rank}: {reason}")
+        return [value for value, _ in answers]
+
+    def write(self, folder: Path, outline: Outline, host_state: Any, finite: bool) -> tuple[Any, list[Report]]:
         """Write the pieces; to be called by all ranks for the same step.
 
         Args:
+            folder: Of rank 0, there already.
             outline: What is in pieces.
-            finite: Whether the weights that are here are numbers.
-            prepare: Makes the folder; called on rank 0.
             host_state: The state in host memory, with the pieces that are here.
+            finite: Whether the weights that are here are numbers.
 
         Returns:
-            The rest of the state; and on rank 0 all ranks' reports.
+            The rest of the state, and all ranks' reports.
 
         Raises:
-            OSError: a rank could not; raised on all of them.
+            OSError: a rank could not; on all of them.
         """
-        folder = self._folder_of_rank_0(prepare)
         found: list[Tensor] = []
 
         def take_out(path: TensorPath, tensor: Tensor) -> Tensor:
@@ -85,33 +119,24 @@ class ShardedWriter:
         try:
             save(pieces, storage_writer=_Writer(str(folder)), process_group=self._group)
         except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise OSError(
-                getattr(reason, "errno", None) or 0, getattr(reason, "strerror", None) or str(reason)
-            ) from error
-        mine = list(folder.glob(f"__{self._rank}_*{_SUFFIX}"))
-        if self._rank == 0:
-            mine.append(folder / METADATA_NAME)
-        report: Report = {path.name: entry_of(path) for path in mine}, finite
-        reports: list[Any] | None = [None] * self._ranks if self._rank == 0 else None
-        dist.gather_object(report, reports, group=self._group)
-        return rest, reports or []
+            raise _cause_of(error) from error
 
-    def _folder_of_rank_0(self, prepare: Callable[[], Path]) -> Path:
-        answer: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                answer = [prepare()]
-            except OSError as error:
-                answer = [error]
-        dist.broadcast_object_list(answer, 0, group=self._group)
-        if isinstance(answer[0], OSError):
-            raise answer[0]
-        folder: Path = answer[0]
-        return folder
+        def report() -> Report:
+            mine = [*folder.glob(f"__{self._rank}_*{_SUFFIX}"), *([folder / METADATA_NAME] if self._rank == 0 else [])]
+            return {path.name: entry_of(path) for path in mine}, finite
+
+        return rest, self.together(report)
 
 
-def outline_of(state: Any) -> dict[TensorPath, DTensor]:
+def _cause_of(error: CheckpointException) -> BaseException:
+    """What DCP, which catches everything, was told by the system."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, OSError | MemoryError) or not isinstance(cause, Exception):
+            return cause
+    return OSError("; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()))
+
+
+def outline_of(state: Any) -> Outline:
     """The tensors of a state that are in pieces, with the pieces that are here."""
     return {path: tensor for path, tensor in _by_path(state).items() if isinstance(tensor, DTensor)}
 
@@ -122,22 +147,26 @@ def with_pieces(folder: Path, state: Any) -> Any:
     Raises:
         CorruptCheckpoint: it is not what was saved.
     """
-    pieces = {
-        _name(path): torch.empty_like(tensor, device="cpu")
-        for path, tensor in _by_path(state).items()
-        if tensor.is_meta
-    }
-    if not pieces:
+    missing = {_name(path): tensor for path, tensor in _by_path(state).items() if tensor.is_meta}
+    if not missing:
         return state
     try:
-        reader = _Reader(str(folder))
-        reader.read_metadata()  # first, for torch would log what is wrong with it at length
+        pieces = {name: torch.empty_like(tensor, device="cpu") for name, tensor in missing.items()}
+    except RuntimeError as error:  # torch's way to say it
+        raise MemoryError(f"no room for the whole state: {error}") from error
+    reader = _Reader(folder)
+    reader.read_metadata()  # first, for torch would log what is wrong with it at length
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(pieces, storage_reader=reader, no_dist=True)
-    except (CheckpointException, pickle.UnpicklingError, EOFError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CorruptCheckpoint(f"the pieces cannot be put together ({type(error).__name__}: {reason})") from error
+            load(pieces, storage_reader=reader, planner=_Planner(), no_dist=True)
+    except CheckpointException as error:
+        cause = _cause_of(error)
+        if isinstance(cause, MemoryError) or not isinstance(cause, Exception):
+            raise cause from error
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, NOT_THERE):
+            raise cause from error
+        raise CorruptCheckpoint(f"the pieces cannot be put together ({' '.join(str(cause).split())[:300]})") from error
     paths = tensor_paths(state)
     return map_tensors(state, lambda tensor: pieces.get(_name(next(paths)), tensor))
 
@@ -165,15 +194,36 @@ class _Writer(FileSystemWriter):
         return StorageMeta(save_id=self.save_id)
 
 
+class _Planner(DefaultLoadPlanner):
+    """torch's, which would unpickle what the metadata calls bytes."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """There are none."""
+        raise CorruptCheckpoint(f"{METADATA_NAME} names bytes where a tensor should be")
+
+
 class _Reader(FileSystemReader):
-    """torch's, which would unpickle whatever the metadata names."""
+    """torch's, which would unpickle whatever the metadata names, and read whatever file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, in which nothing is executed."""
-        content = (Path(self.path) / METADATA_NAME).read_bytes()
-        metadata = _Unpickler(io.BytesIO(content)).load()
-        if not isinstance(metadata, Metadata):
-            raise CorruptCheckpoint(f"{METADATA_NAME} holds a {type(metadata).__name__}")
+        """The metadata, in which nothing is executed, and which names only files that the manifest has the sums of."""
+        known = read_manifest(self._folder / MANIFEST_NAME).files
+        try:
+            metadata = _Unpickler(io.BytesIO((self._folder / METADATA_NAME).read_bytes())).load()
+            places = metadata.storage_data.values()
+            strange = {p.relative_path for p in places if p.relative_path not in known or p.transform_descriptors}
+        except NOT_THERE:
+            raise CorruptCheckpoint(f"{METADATA_NAME} is missing") from None
+        except OSError:
+            raise
+        except Exception as error:  # what pickle raises on a damaged file is not specified
+            raise CorruptCheckpoint(f"{METADATA_NAME} cannot be read ({type(error).__name__}: {error})") from error
+        if not isinstance(metadata, Metadata) or strange:
+            raise CorruptCheckpoint(f"{METADATA_NAME} names {', '.join(map(str, strange)) or 'nothing'}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -204,7 +254,6 @@ _HARMLESS = {
             "TensorStorageMetadata",
             "TensorProperties",
             "ChunkStorageMetadata",
-            "BytesStorageMetadata",
             "_MEM_FORMAT_ENCODING",
         )
     ),

@@ -1,7 +1,7 @@
 """Host memory -> disk, durably and atomically: a checkpoint is there completely or not at all."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,8 @@ from src.checkpoint.sharded import Report
 from src.errors import CheckpointError
 from src.storage.local import fsync_directory, write_durably
 
-WritePieces = Callable[[Callable[[], Path], Any], tuple[Any, list[Report]]]
-"""`ShardedWriter.write`, but for what is known beforehand."""
 
-
-def write_checkpoint(
-    catalog: Catalog, state: dict[str, Any], manifest: Manifest, write_pieces: WritePieces | None = None
-) -> tuple[Path, Manifest]:
+def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
     """Commit `state` as `step_…/`, described by `manifest` (whose `files` are filled in here).
 
     Everything is written and fsynced under a temporary name, the manifest last; then one rename makes
@@ -31,7 +26,6 @@ def write_checkpoint(
 
     Args:
         state: What `torch.load(..., weights_only=True)` will return: tensors on the CPU, containers, numbers.
-        write_pieces: Writes what of it is in pieces, together with the other ranks.
 
     Returns:
         The committed folder and its manifest.
@@ -41,32 +35,45 @@ def write_checkpoint(
         FileExistsError: this step has a checkpoint already. Only one from before the evaluation of its state, for
             which there was no time then, is replaced by one from after it.
     """
-    final = catalog.directory / checkpoint_name(manifest.global_step)
-    temporary = catalog.temporary(manifest.global_step)
+    with being_written(catalog, manifest) as folder:
+        return commit(catalog, folder, state, manifest)
 
-    def prepare() -> Path:
-        if final.exists() and not _replaces(manifest, final):
-            raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
+
+@contextmanager
+def being_written(catalog: Catalog, manifest: Manifest) -> Iterator[Path]:
+    """The folder in which a checkpoint is put together; gone, should that fail."""
+    final = catalog.directory / checkpoint_name(manifest.global_step)
+    if final.exists() and not _replaces(manifest, final):
+        raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
+    temporary = catalog.temporary(manifest.global_step)
+    try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        return temporary
-
-    try:
-        files: dict[str, FileEntry] = {}
-        if write_pieces is None:
-            prepare()
-        else:
-            state, reports = write_pieces(prepare, state)
-            files = {name: entry for written, _ in reports for name, entry in written.items()}
-            manifest = replace(manifest, finite=manifest.finite and all(finite for _, finite in reports))
-        files[STATE_NAME] = _write_state(temporary / STATE_NAME, state)
-        manifest = replace(manifest, files=files)
-        write_durably(temporary / MANIFEST_NAME, manifest.to_json())
-        fsync_directory(temporary)
-        return catalog.adopt(temporary), manifest
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def commit(
+    catalog: Catalog, folder: Path, state: dict[str, Any], manifest: Manifest, reports: Sequence[Report] = ()
+) -> tuple[Path, Manifest]:
+    """Write what is missing, and make it a checkpoint.
+
+    Args:
+        reports: On what the ranks have written there already.
+    """
+    files = {name: entry for written, _ in reports for name, entry in written.items()}
+    for name, entry in files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != entry.size:
+            raise OSError(f"another rank's {path} is not here: trainer=fsdp needs a run directory that all ranks share")
+    finite = manifest.finite and all(finite for _, finite in reports)
+    files[STATE_NAME] = _write_state(folder / STATE_NAME, state)
+    manifest = replace(manifest, files=files, finite=finite)
+    write_durably(folder / MANIFEST_NAME, manifest.to_json())
+    fsync_directory(folder)
+    return catalog.adopt(folder), manifest
 
 
 def _replaces(manifest: Manifest, path: Path) -> bool:
