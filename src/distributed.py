@@ -6,6 +6,7 @@ costs nothing.
 
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -21,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from src.checkpoint.snapshot import TensorPath, map_tensors, tensor_paths
-from src.errors import HoldfastError, PeerLost
+from src.errors import DivergedError, HoldfastError, PeerLost
 
 OwnPart = Callable[[TensorPath, Tensor], Tensor]
 
@@ -87,6 +88,7 @@ class Ranks(World):
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
+        self._agent = os.getppid()
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         # What is on the host goes by gloo, also on machines with GPUs: nothing that is told each step waits for one.
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -147,6 +149,13 @@ class Ranks(World):
         """Until all ranks are here."""
         dist.all_reduce(torch.zeros(1))  # unlike a barrier never by way of the GPU
 
+    def end_for_good(self) -> None:
+        """Have torchrun not start anew what has ended on purpose. This process is about to end by itself."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another has ended
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        if restarts and self.local_rank == 0 and os.getppid() == self._agent:
+            os.kill(self._agent, signal.SIGTERM)
+
     @contextmanager
     def one_per_node_first(self) -> Iterator[None]:
         """Entered by one process on each machine, and by its others after it: what one downloads, all find there."""
@@ -171,13 +180,20 @@ def join() -> Iterator[World]:
     ranks = Ranks()
     if not ranks.is_main:
         logging.disable(logging.WARNING)  # rank 0 says it
+    lost = False
     try:
         yield ranks
     except (HoldfastError, RuntimeError) as error:
         lost = isinstance(error, RuntimeError) and _is_of_a_lost_peer(error)
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        # One that all ranks run into at the same step leaves rank 0 some uploading to do.
+        patience = _TIMEOUT if isinstance(error, DivergedError) else _PATIENCE
         if isinstance(error, HoldfastError) and ranks.is_main:
+            ranks.end_for_good()
             _say_goodbye(error.exit_code)
-        elif (isinstance(error, HoldfastError) or lost) and (code := _goodbye_of_rank_0()) is not None:
+        elif (code := _goodbye_of_rank_0(patience)) is not None:
+            ranks.end_for_good()
             sys.exit(code)
         if lost:
             raise PeerLost(
@@ -185,8 +201,14 @@ def join() -> Iterator[World]:
                 "same command again to go on, or have torchrun do so: --max-restarts=3"
             ) from error
         raise
+    except BaseException as error:
+        if hasattr(error, "exit_code"):  # asked to stop, and saved
+            ranks.wait()  # torchrun ends all ranks when one ends: not before rank 0 has tidied up
+            ranks.end_for_good()
+        raise
     finally:
-        dist.destroy_process_group()
+        if not lost:  # it might wait for the one that is lost
+            dist.destroy_process_group()
 
 
 def is_main_process() -> bool:
@@ -227,10 +249,10 @@ def _say_goodbye(exit_code: int) -> None:
         _store().set(_ENDED, str(exit_code))
 
 
-def _goodbye_of_rank_0() -> int | None:
+def _goodbye_of_rank_0(patience: timedelta) -> int | None:
     """Its exit code, if it ends on purpose."""
     with suppress(RuntimeError):
-        _store().wait([_ENDED], _PATIENCE)
+        _store().wait([_ENDED], patience)
         return int(_store().get(_ENDED))
     return None
 

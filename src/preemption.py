@@ -166,6 +166,12 @@ class Stop:
                 self.check()
             yield item
 
+    def settle(self) -> None:
+        """To be called by all ranks at the end: have all know whether one has been asked."""
+        for _ in range(2):  # what is agreed is what was so one call ago
+            if number := self._world.agree(self.requested or 0):
+                self._note(number)
+
     def heeded(self) -> None:
         """The loop has been left: there is nothing any more that could hang in a step."""
         self._out_of_the_loop.set()

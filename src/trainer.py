@@ -221,7 +221,7 @@ class Trainer:
             log.info("asked to stop by %s: saving step %d", stop.reason, state.global_step)
         stop.heeded()
         checkpointer.finish(state, stop.seconds_left)
-        self.world.wait()  # torchrun ends all ranks when one ends with a signal's exit code
+        stop.settle()
         if stop.requested is not None:  # also if it came at the very end: there may be other runs to come
             raise Stopped(stop.requested, stop.reason, state.global_step)
 
@@ -325,8 +325,8 @@ class Trainer:
             model,
             device_ids=[self.device] if on_gpu else None,
             gradient_as_bucket_view=True,
-            # Else it sorts its buckets anew after its first step, which a resumed run takes at another time than one that
-            # was not killed: with three ranks or more, sums in another order, and other last bits.
+            # Else it sorts its buckets anew after its first step, which a resumed run takes at another time than one
+            # that was not killed: with three ranks or more, sums in another order, and other last bits.
             find_unused_parameters=True,
         )
 

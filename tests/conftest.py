@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, settings
 from src import result, summary
 from tests.store import KEY, SECRET, Network, Store
 
-# Several tests run at the same time: with more threads than cores, OpenMP's wait for each other far longer than they work.
+# Several tests run at the same time: with more of OpenMP's threads than cores, they wait far longer than they work.
 torch.set_num_threads(1)
 
 # Processes that tests start come from a server that has imported what they need, once for all of them.

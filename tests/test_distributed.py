@@ -62,7 +62,7 @@ def test_invariant_12_asked_to_stop_all_ranks_stop_after_the_same_step_which_is_
     training: Training, undisturbed: Path
 ) -> None:
     """Also where only one of them is asked, and not the one that saves."""
-    agent = torchrun(training, 2, *RANKS)
+    agent = torchrun(training, 2, *RANKS, restarts=3)  # which it must not do
     training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 20)
     os.kill(workers_of(agent)[1], signal.SIGTERM)
     result = training.finish(agent)
@@ -99,6 +99,37 @@ def test_invariant_4_with_other_numbers_of_ranks_no_sample_of_the_epoch_is_seen_
     assert result.status == 0, result.output
     assert "ranks 3 -> 1" in result.output
     assert sorted(map(int, seen.read_text().split())) == list(range(3000))
+
+
+def test_invariant_4_three_ranks_sum_in_the_same_order_before_and_after_a_kill(training: Training) -> None:
+    """Also where the gradients of a step go out in several pieces."""
+    command = (*TINY, "trainer=ddp", "model=resnet18", "data.train_size=96", "checkpoint.every=1", "trainer.epochs=2")
+    whole = training.finish(torchrun(training, 3, *command, "run=whole"))
+    assert whole.status == 0, whole.output
+    agent = torchrun(training, 3, *command, restarts=3)
+    training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 3)
+    kill(workers_of(agent)[2])
+    result = training.finish(agent)
+    assert result.status == 0, result.output
+    assert "resumed from" in result.output
+    one, other = (
+        torch.load(training.directory / f"outputs/{name}/checkpoints/step_00000012/state.pt", weights_only=True)
+        for name in ("whole", "tiny")
+    )
+    assert differences(one, other) == []
+
+
+def test_the_death_of_torchrun_ends_its_ranks_and_nothing_is_lost(training: Training) -> None:
+    command = (*TINY, "trainer=ddp", "trainer.epochs=100000", "checkpoint.every=10")
+    agent = torchrun(training, 2, *command)
+    training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 20)
+    workers = workers_of(agent).values()
+    kill(agent.pid)
+    output = agent.communicate(timeout=60)[0]  # until the last of them has let go of it
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
+    stopped = re.search(r"^stopped by the death of torchrun after step (\d+)", output, re.MULTILINE)
+    assert stopped, output
+    assert newest_step(training.checkpoints) == int(stopped[1])
 
 
 def test_two_ranks_take_the_step_that_one_would(train: Callable[..., Result], training: Training) -> None:

@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from src.checkpoint.__main__ import main
 from src.checkpoint.catalog import verify
-from src.checkpoint.manifest import CorruptCheckpoint
+from src.checkpoint.manifest import CorruptCheckpoint, FileEntry, Manifest
 from src.checkpoint.resume import load_checkpoint
 from src.checkpoint.sharded import METADATA_NAME, with_pieces
 from src.distributed import World
@@ -101,15 +110,47 @@ class Malicious:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Malicious()), b"", b"nonsense", pickle.dumps({})])
-def test_invariant_9_reading_the_metadata_executes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+def metadata(kind: Any, file: str, size: int) -> bytes:
+    places = {MetadataIndex("weight"): _StorageInfo(file, 0, size)}
+    return pickle.dumps(Metadata(state_dict_metadata={"weight": kind}, storage_data=places))
+
+
+@pytest.mark.parametrize("how", ["a class", "nothing", "nonsense", "no metadata", "bytes", "another file"])
+def test_invariant_9_reading_the_metadata_executes_nothing_and_reads_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    piece, elsewhere = tmp_path / "__0_0.distcp", tmp_path / "elsewhere"
+    torch.save(Malicious(), piece)
+    torch.save(torch.ones(2), elsewhere)
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([2]), [chunk])
+    content = {
+        "a class": pickle.dumps(Malicious()),
+        "nothing": b"",
+        "nonsense": b"nonsense",
+        "no metadata": pickle.dumps({}),
+        "bytes": metadata(BytesStorageMetadata(), piece.name, piece.stat().st_size),
+        "another file": metadata(tensor, str(elsewhere), elsewhere.stat().st_size),
+    }[how]
     (tmp_path / METADATA_NAME).write_bytes(content)
+    files = {name: FileEntry(1, "") for name in ("state.pt", METADATA_NAME, piece.name)}
+    (tmp_path / "manifest.json").write_text(Manifest(1, 0, files).to_json())
     with pytest.raises(CorruptCheckpoint):
         with_pieces(tmp_path, {"weight": torch.empty(2, device="meta")})
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), MemoryError()])
+def test_invariant_5_what_is_no_damage_is_not_taken_for_it(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FileSystemReader, "read_data", refuse)
+    with pytest.raises(type(error)):
+        load_checkpoint(undisturbed / "checkpoints" / LAST)
 
 
 class Two(World):
