@@ -103,7 +103,14 @@ def test_invariant_4_with_other_numbers_of_ranks_no_sample_of_the_epoch_is_seen_
 
 def test_invariant_4_three_ranks_sum_in_the_same_order_before_and_after_a_kill(training: Training) -> None:
     """Also where the gradients of a step go out in several pieces."""
-    command = (*TINY, "trainer=ddp", "model=resnet18", "data.train_size=96", "checkpoint.every=1", "trainer.epochs=2")
+    command = (
+        *TINY_DATA,
+        "trainer=ddp",
+        "model=resnet18",
+        "data.train_size=96",
+        "checkpoint.every=1",
+        "trainer.epochs=2",
+    )
     whole = training.finish(torchrun(training, 3, *command, "run=whole"))
     assert whole.status == 0, whole.output
     agent = torchrun(training, 3, *command, restarts=3)
