@@ -32,6 +32,10 @@ class MirrorError(HoldfastError):
     exit_code = 4
 
 
+class PeerLost(HoldfastError):
+    """Another of the processes that train together has ended."""
+
+
 class DivergedError(HoldfastError):
     """The loss is no number any more."""
 

@@ -16,6 +16,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
 from src.run import flatten
@@ -130,7 +131,8 @@ def one_line_errors() -> Iterator[None]:
     except Stopped as stopped:
         if is_worker():
             raise HoldfastError(str(stopped)) from None
-        print(stopped, file=sys.stderr)
+        if is_main_process():
+            print(stopped, file=sys.stderr)
         stopped.hand_on()
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:  # before training began

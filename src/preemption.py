@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self, TypeVar
 
+from src.distributed import ALONE, World
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -54,18 +56,23 @@ class Stop:
     Python's own KeyboardInterrupt is no way to stop a training: it is raised wherever the interpreter happens to be,
     and where that is a finalizer or a callback from C it is printed and forgotten. Here that costs nothing but the
     time until the next `check`.
+
+    Of several ranks all stop after the same step, the one after that in which one of them was asked. A rank that left
+    an evaluation by itself would have the others wait for it, so nothing is left in the middle there.
     """
 
-    def __init__(self, grace: float = 60.0) -> None:
+    def __init__(self, grace: float = 60.0, world: World = ALONE) -> None:
         """
         Args:
             grace: Seconds from the first signal after which a loop that hangs in a step is given up, and after which
                 nothing is uploaded any more.
+            world: The ranks that stop together.
         """
         self.requested: int | None = None
         """The number of the signal that came, if one did."""
         self.reason = ""
         self._grace = grace
+        self._world = world
         self._deadline = float("inf")
         self._may_leave = False
         self._out_of_the_loop = threading.Event()
@@ -105,12 +112,14 @@ class Stop:
             self._note(signal.SIGTERM)
 
     def check(self) -> None:
-        """To be called between two steps; nearly free.
+        """To be called between two steps, by all ranks; nearly free.
 
         Raises:
-            Interrupted: it has been asked to stop.
+            Interrupted: it has been asked to stop, or another rank has.
         """
-        if self.requested is not None:
+        number = self._world.agree(self.requested or 0)
+        if number:
+            self._note(number)
             raise Interrupted
 
     @contextmanager
@@ -120,6 +129,9 @@ class Stop:
         Raises:
             Interrupted: it has been asked to stop, before or in the meantime.
         """
+        if self._world.size > 1:
+            yield
+            return
         self._may_leave = True
         try:
             self.check()
@@ -135,6 +147,7 @@ class Stop:
         """
         iterator = iter(items)
         while True:
+            self.check()
             with self.leaving_allowed():
                 try:
                     item = next(iterator)

@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -29,6 +29,7 @@ RESULT_NEUTRAL = (
     "resume",
     "trainer.epochs",
     "trainer.device",
+    "trainer.strategy",
     "trainer.workers",
     "trainer.deterministic",
     "trainer.log_every",
@@ -41,6 +42,9 @@ RESULT_NEUTRAL = (
 
 They are no part of a run's name, and changing them does not keep a run from going on.
 """
+
+_NEUTRAL_CHOICES = ("trainer=default", "trainer=ddp", "trainer=fsdp")
+"""Options of a group that differ in nothing else."""
 
 _NAME_ONLY = ("init_from", "data.root")
 """Part of the name, yet free to change later: weights matter only at step 0, and data may move (what is in
@@ -73,9 +77,10 @@ def run_name(name: str | None, overrides: Sequence[str]) -> str:
     chosen = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element().lstrip("+")
-        if not is_neutral(key):
-            is_sweep = override.is_sweep_override()
-            chosen[key] = override.get_value_string() if is_sweep else override.get_value_element_as_str()
+        is_sweep = override.is_sweep_override()
+        value = override.get_value_string() if is_sweep else override.get_value_element_as_str()
+        if not is_neutral(key) and f"{key}={value}" not in _NEUTRAL_CHOICES:
+            chosen[key] = value
     if not chosen:
         return "default"
     exact = [f"{key}={value}" for key, value in sorted(chosen.items())]
@@ -114,8 +119,11 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, config: DictConfig) -> Iterator["Run"]:
+    def open(cls, config: DictConfig, is_main: bool = True) -> Iterator["Run"]:
         """The run that Hydra made a directory for, locked.
+
+        Args:
+            is_main: Whether this is the process that writes; of several ranks only one is.
 
         Raises:
             HoldfastError: another process has the lock; names it.
@@ -123,7 +131,7 @@ class Run:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         directory = Path(HydraConfig.get().runtime.output_dir)
-        with locked(directory):
+        with locked(directory) if is_main else nullcontext():
             name = name_of(directory, Path(HydraConfig.get().runtime.cwd))
             yield cls(directory, name, {str(key): value for key, value in resolved.items()})
 

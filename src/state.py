@@ -11,8 +11,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.checkpoint.snapshot import TensorPath
 from src.errors import CheckpointError
 from src.rng import rng_state, set_rng_state
+from src.sharding import local, piece_of
 
 
 @dataclass
@@ -61,8 +63,8 @@ class TrainState:
         buffers = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
         moments = (value for values in self.optimizer.state.values() for value in values.values())
         for tensor in (*self.model.parameters(), *moments):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in buffers:
-                yield tensor
+            if isinstance(tensor, Tensor) and (here := local(tensor)).untyped_storage()._cdata not in buffers:
+                yield here
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be. Optimizers make their state in the first step: until
@@ -72,9 +74,9 @@ class TrainState:
         return weights + moments
 
     def undo_point(self) -> Callable[[], None]:
-        """Call what this returns to take back a forward and backward: buffers, loss, random generators are then as
-        they are now. (Gradients are no part of the state.)"""
-        changed = [*self.model.buffers(), self.loss, self.totals]
+        """Call what this returns to take back a forward and backward: buffers and random generators are then as now.
+        (Gradients are no part of the state.)"""
+        changed = list(self.model.buffers())
         as_now = [tensor.clone() for tensor in changed]
         generators = rng_state()
 
@@ -145,6 +147,25 @@ class TrainState:
                 f"the checkpoint does not fit this code's model and optimizer ({reason}); "
                 "go back to the code that wrote it, or start a new run from its weights: run=NAME init_from=PATH"
             ) from error
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over those of the model's tensors that are given. Everything else is left alone."""
+        self.model.load_state_dict(weights, strict=False)
+
+    def own_part(self) -> Callable[[TensorPath, Tensor], Tensor]:
+        """What this rank keeps of a whole tensor at a place in a state: a piece of those that it has in pieces."""
+        in_pieces: dict[TensorPath, Tensor] = {
+            ("model_state_dict", key): parameter for key, parameter in self.model.named_parameters()
+        }
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def part(path: TensorPath, tensor: Tensor) -> Tensor:
+            like = in_pieces.get(path)
+            if path[:2] == ("optimizer_state_dict", "state"):
+                like = parameters[int(path[2])]
+            return piece_of(tensor, like)
+
+        return part
 
     def _scaler_state_dict(self) -> dict[str, Any]:
         """As `GradScaler.state_dict()`, which would wait for the device: what lives there is a tensor here."""

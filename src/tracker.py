@@ -155,3 +155,25 @@ def _lag_of_mirror(values: Mapping[str, float]) -> str:
         return ""
     waiting = values["mirror/megabytes_waiting"]
     return f" · mirror {values['mirror/steps_at_risk']:.0f} steps behind" + (f", {waiting:.0f} MB" if waiting else "")
+
+
+class Silence(Tracker):
+    """What ranks other than the first have for a tracker: there is one log, one bar, one TensorBoard."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self, *arguments: Any) -> None:
+        """Nothing."""
+
+    def step(self, samples: int) -> None:
+        """Nothing."""
+
+    def log_step(self, global_step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def log_epoch(self, global_step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def log_predictions(self, *arguments: Any) -> None:
+        """Nothing."""

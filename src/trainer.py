@@ -7,22 +7,25 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.policy import CheckpointPolicy
 from src.data.datasets import Data
 from src.data.loader import ResumableLoader
+from src.distributed import ALONE, World
 from src.errors import ConfigError, DivergedError, require_choice, require_int, require_number
 from src.preemption import Interrupted, Stop, Stopped
-from src.rng import seed_everything
+from src.rng import derive_seed, seed_everything
+from src.sharding import shard, whole
 from src.state import TrainState
 from src.tracker import Tracker
 
@@ -40,6 +43,7 @@ class Trainer:
         epochs: int,
         seed: int = 0,
         device: str = "auto",
+        strategy: str = "none",
         precision: str = "fp32",
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
@@ -56,6 +60,9 @@ class Trainer:
             epochs: Passes over the training set.
             seed: Of the initial weights, the order of the samples, augmentation, and dropout.
             device: `auto` (a GPU if there is one), `cpu`, `cuda`, or `cuda:N`.
+            strategy: How several processes, started by torchrun, share the work: `ddp`, each has the whole model and
+                a share of every batch (torch's DistributedDataParallel); `fsdp`, each has a piece of every parameter
+                (torch's fully_shard); `none`, there is only one.
             precision: `fp32`, or autocast to `bf16` or `fp16` (the latter with a GradScaler).
             accumulate: Micro-batches that each batch is cut into: less memory, the same batch size.
             clip_grad_norm: Largest norm of the gradient; None to leave it alone.
@@ -76,6 +83,7 @@ class Trainer:
         require_int("trainer.seed", seed, 0, "seed")
         if seed >= 2**63:
             raise ConfigError("trainer.seed", seed, "must be below 2**63")
+        require_choice("trainer.strategy", strategy, ("none", "ddp", "fsdp"))
         require_choice("trainer.precision", precision, tuple(_PRECISIONS))
         require_int("trainer.accumulate", accumulate, 1, "micro-batches per batch")
         if clip_grad_norm is not None:
@@ -87,6 +95,7 @@ class Trainer:
         self.epochs = epochs
         self.seed = seed
         self.device = _find_device(device)
+        self.strategy = strategy
         self.precision = _PRECISIONS[precision]
         self.accumulate = accumulate
         self.clip_grad_norm = clip_grad_norm
@@ -97,11 +106,20 @@ class Trainer:
         self.log_every = log_every
         self.grace = grace
         self.on_nan = on_nan
+        self.world = ALONE
         self._diverged = False
         self._compiled: set[torch.Size] = set()  # shapes of batches
 
-    def set_up(self) -> None:
-        """Seed everything and choose deterministic algorithms. Call it before the model is built."""
+    def set_up(self, world: World = ALONE) -> None:
+        """Take a place among the ranks, seed everything, and choose deterministic algorithms. Call it before the model
+        is built, which all ranks then build alike.
+
+        Raises:
+            ConfigError: the settings are not for as many processes.
+        """
+        self.world = world
+        if world.size > 1:
+            self._take_a_place()
         if self.deterministic:
             # cuBLAS reads this when it starts; without it, its matrix products are not reproducible.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -112,10 +130,36 @@ class Trainer:
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
         seed_everything(self.seed)
 
+    def _take_a_place(self) -> None:
+        if self.strategy == "none":
+            remedy = f"is for one process, and torchrun has started {self.world.size}; choose trainer=ddp"
+            raise ConfigError("trainer.strategy", "none", remedy)
+        if self.strategy == "fsdp":
+            if self.precision is torch.float16:
+                raise ConfigError("trainer.precision", "fp16", "does not go with trainer=fsdp; choose bf16")
+            if self.compile:
+                raise ConfigError("trainer.compile", True, "does not go with trainer=fsdp; choose trainer=ddp")
+        if self.device.type == "cuda":
+            if ":" in str(self.device):
+                raise ConfigError("trainer.device", self.device, "is one GPU for all ranks; auto gives each its own")
+            if self.world.local_rank >= torch.cuda.device_count():
+                found = f"{torch.cuda.device_count()} GPUs found, for more processes than that"
+                raise ConfigError("trainer.device", self.device, f"{found}; start one per GPU: --nproc-per-node=gpu")
+            self.device = torch.device("cuda", self.world.local_rank)
+            torch.cuda.set_device(self.device)
+
     def place(self, model: nn.Module) -> nn.Module:
         """Put the model on the device, in the memory layout. Call it before the optimizer is built."""
+        if self.sharded:  # which wants its pieces contiguous
+            shard(model.to(self.device), self.device.type, self.world.size)
+            return model
         placed: nn.Module = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         return placed
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has all of the model."""
+        return self.strategy == "fsdp" and self.world.size > 1
 
     def new_state(self, model: nn.Module, optimizer: Any, scheduler: Any) -> TrainState:
         """The state at step 0."""
@@ -136,6 +180,7 @@ class Trainer:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
             "threads": str(torch.get_num_threads()),
+            "strategy": self.strategy if self.world.size > 1 else "none",
             "deterministic": str(self.deterministic),
         }
 
@@ -147,17 +192,19 @@ class Trainer:
         """
         require_choice("checkpoint.monitor", policy.monitor, EVALUATION_METRICS)
         last_batch = (data.train_size - 1) % data.batch_size + 1
-        batches = (torch.arange(size).chunk(self.accumulate) for size in (data.batch_size, last_batch))
-        smallest = min(len(micro_batch) for batch in batches for micro_batch in batch)
+        smallest = min(
+            max(1, size // self.world.size) // self._micro_batches(size) for size in (data.batch_size, last_batch)
+        )
         has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if has_batch_norm and smallest == 1:
             key, value = ("data.batch_size", data.batch_size)
             if self.accumulate > 1:
                 key, value = ("trainer.accumulate", self.accumulate)
+            ranks = f" for {self.world.size} ranks" if self.world.size > 1 else ""
             raise ConfigError(
                 key,
                 value,
-                f"leaves a batch of one sample ({data.train_size} samples in batches of {data.batch_size}), and "
+                f"leaves a batch of one sample ({data.train_size} samples in batches of {data.batch_size}{ranks}), and "
                 "BatchNorm needs more than one; choose another",
             )
 
@@ -174,6 +221,7 @@ class Trainer:
             log.info("asked to stop by %s: saving step %d", stop.reason, state.global_step)
         stop.heeded()
         checkpointer.finish(state, stop.seconds_left)
+        self.world.wait()  # torchrun ends all ranks when one ends with a signal's exit code
         if stop.requested is not None:  # also if it came at the very end: there may be other runs to come
             raise Stopped(stop.requested, stop.reason, state.global_step)
 
@@ -186,29 +234,38 @@ class Trainer:
         if state.epoch >= self.epochs:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
             return
-        # Dynamic shapes would make the code of a step depend on the shapes of earlier ones, which a resumed
-        # process has not seen: other code, other last bits.
-        model: Any = torch.compile(state.model, dynamic=False) if self.compile else state.model
+        model = self._compiled_if_asked(state.model)
+        trained = self._compiled_if_asked(self._in_step_with_others(state.model)) if self.world.size > 1 else model
         optimizer, scaler = state.optimizer, state.scaler
+        sums = torch.zeros_like(state.totals)
         train_batches, val_batches = self._loaders(data)
         total_steps = self.total_steps(data)
         tracker.start(state.global_step, total_steps, self.epochs, EVALUATION_METRICS, lambda: checkpointer.stall_total)
 
         while state.epoch < self.epochs:
-            model.train()
+            trained.train()
             for images, labels in stop.between(train_batches.epoch(state.epoch, start=state.samples)):
+                samples = min(data.batch_size, data.train_size - state.samples)  # in this step, of all ranks
+                share = samples / self.world.size  # for DDP takes the mean of the ranks' gradients
+                self._draw_numbers_of_its_own(state)
                 optimizer.zero_grad()
+                sums.zero_()
                 with self._compiling(images.shape, state, stop):
-                    state.loss.zero_()
-                    for x, y in zip(images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True):
+                    count = self._micro_batches(samples)
+                    for number, (x, y) in enumerate(
+                        zip(images.tensor_split(count), labels.tensor_split(count), strict=True), start=1
+                    ):
                         x, y = self._to_device(x, y)
-                        with self._autocast():
-                            logits = model(x)
-                            loss = cross_entropy(logits, y, reduction="sum") / len(images)
-                        scaler.scale(loss).backward()
-                        state.loss += loss.detach()
-                        state.totals[1] += (logits.detach().argmax(1) == y).sum()
-                state.totals[0] += state.loss * len(images)
+                        with self._only_here(trained, number < count):
+                            with self._autocast():
+                                logits = trained(x)
+                                loss = cross_entropy(logits, y, reduction="sum")
+                            scaler.scale(loss / share).backward()
+                        sums[0] += loss.detach()
+                        sums[1] += (logits.detach().argmax(1) == y).sum()
+                self.world.sum_(sums)
+                state.loss.copy_(sums[0] / samples)
+                state.totals += sums
 
                 checkpointer.wait_for_snapshot()  # of the step before: parameters may change now
                 scaler.unscale_(optimizer)
@@ -216,9 +273,9 @@ class Trainer:
                 scaler.step(optimizer)
                 scaler.update()
                 state.scheduler.step()
-                state.advance(len(images))
+                state.advance(samples)
 
-                tracker.step(len(images))
+                tracker.step(samples)
                 if state.global_step % self.log_every == 0:
                     metrics = self._training_metrics(state, grad_norm) | checkpointer.lag(state)
                     tracker.log_step(state.global_step, state.epoch, metrics)
@@ -226,6 +283,7 @@ class Trainer:
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
                     checkpointer.step(state)
 
+            self.world.broadcast_(state.model.buffers())  # BatchNorm's statistics are those of rank 0
             with self._undone_if_left(state, stop):
                 metrics = self.evaluate(model, val_batches)
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
@@ -237,19 +295,45 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: ResumableLoader) -> dict[str, float]:
-        """Mean loss and accuracy over a data set. Draws no random numbers, changes no buffers."""
+        """Mean loss and accuracy over a data set, a share on each rank. Draws no random numbers, changes no buffers."""
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        count = 0
         for images, labels in batches.epoch(0):
             x, y = self._to_device(images, labels)
             with self._autocast():
                 logits = model(x)
                 totals[0] += cross_entropy(logits, y, reduction="sum")
             totals[1] += (logits.argmax(1) == y).sum()
-            count += len(images)
-        loss, accuracy = (totals / count).tolist()
+        self.world.sum_(totals)
+        loss, accuracy = (totals / batches.size).tolist()
         return dict(zip(EVALUATION_METRICS, (loss, accuracy), strict=True))
+
+    def _compiled_if_asked(self, model: nn.Module) -> Any:
+        # Dynamic shapes would make the code of a step depend on the shapes of earlier ones, which a resumed
+        # process has not seen: other code, other last bits.
+        return torch.compile(model, dynamic=False) if self.compile else model
+
+    def _micro_batches(self, samples: int) -> int:
+        """As many on each rank: with `fsdp` each brings the model together once more."""
+        return min(self.accumulate, max(1, samples // self.world.size))
+
+    def _in_step_with_others(self, model: nn.Module) -> nn.Module:
+        if self.sharded:
+            return model
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(
+            model, device_ids=[self.device] if on_gpu else None, gradient_as_bucket_view=True
+        )
+
+    def _only_here(self, model: Any, more_to_come: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: gradients go to the other ranks with the last one only."""
+        return model.no_sync() if more_to_come and self.world.size > 1 and not self.sharded else nullcontext()
+
+    def _draw_numbers_of_its_own(self, state: TrainState) -> None:
+        """Have dropout differ between ranks. Those of rank 0 go on from where they were, as with one process, and
+        are in every checkpoint; a function of the step has not to be saved, whatever ranks come and go."""
+        if not self.world.is_main:
+            seed_everything(derive_seed(self.seed, self.world.rank, state.global_step))
 
     @contextmanager
     def _compiling(self, shape: torch.Size, state: TrainState, stop: Stop) -> Iterator[None]:
@@ -277,12 +361,12 @@ class Trainer:
         """Returns the norm before clipping, on the device; None if there is no clipping."""
         if self.clip_grad_norm is None:
             return None
-        return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm)
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm))
 
     def _training_metrics(self, state: TrainState, grad_norm: Tensor | None) -> dict[str, float]:
         if grad_norm is None:
             gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-            grad_norm = nn.utils.get_total_norm(gradients)
+            grad_norm = whole(nn.utils.get_total_norm(gradients))
         # One transfer, and the only wait for the device.
         loss, norm, correct = torch.stack([state.loss, grad_norm, state.totals[1]]).tolist()
         return {
@@ -319,12 +403,10 @@ class Trainer:
         tracker.log_predictions(global_step, images, labels.tolist(), predictions.tolist(), data.classes)
 
     def _loaders(self, data: Data) -> tuple[ResumableLoader, ResumableLoader]:
-        pin = self.device.type == "cuda"
-        batch_size, seed, workers = data.batch_size, self.seed, self.workers
-        train = ResumableLoader(
-            data.train, data.train_size, batch_size, seed=seed, shuffle=True, workers=workers, pin=pin
-        )
-        val = ResumableLoader(data.val, data.val_size, batch_size, seed=seed, shuffle=False, workers=workers, pin=pin)
+        common: dict[str, Any] = {"seed": self.seed, "workers": self.workers, "pin": self.device.type == "cuda"}
+        common |= {"rank": self.world.rank, "world_size": self.world.size}
+        train = ResumableLoader(data.train, data.train_size, data.batch_size, shuffle=True, **common)
+        val = ResumableLoader(data.val, data.val_size, data.batch_size, shuffle=False, **common)
         return train, val
 
     def _to_device(self, images: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:

@@ -1,15 +1,16 @@
-"""A process that a sweep has started for its jobs (hydra/launcher=joblib): it works no longer than the sweep does."""
+"""A process that a sweep (hydra/launcher=joblib) or torchrun has started: it works no longer than they do."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from torch.distributed import is_torchelastic_launched
 
 from src.background import yield_to_training
 from src.preemption import Stop
@@ -59,13 +60,21 @@ def sweep_is_over() -> str | None:
 
 
 @contextmanager
-def watch_sweep(stop: Stop) -> Iterator[None]:
-    """While entered, the end of the sweep is a request to stop."""
-    if not is_worker():
+def watch_parent(stop: Stop) -> Iterator[None]:
+    """While entered, the end of what started this process, a sweep or torchrun, is a request to stop: the same command
+    would find the run being written."""
+    parent = os.getppid()
+
+    def reason() -> str | None:
+        if is_torchelastic_launched():
+            return "the death of torchrun" if os.getppid() != parent else None
+        return sweep_is_over()
+
+    if not is_worker() and not is_torchelastic_launched():
         yield
         return
     done = threading.Event()
-    thread = threading.Thread(target=_look, args=(stop, done), name="sweep-watch", daemon=True)
+    thread = threading.Thread(target=_look, args=(stop, done, reason), name="parent-watch", daemon=True)
     thread.start()
     try:
         yield
@@ -74,9 +83,9 @@ def watch_sweep(stop: Stop) -> Iterator[None]:
         thread.join()
 
 
-def _look(stop: Stop, done: threading.Event) -> None:
+def _look(stop: Stop, done: threading.Event, reason_to_stop: Callable[[], str | None]) -> None:
     yield_to_training()
     while not done.wait(_EVERY):
-        if reason := sweep_is_over():
+        if reason := reason_to_stop():
             stop.request(reason)
             return

@@ -17,7 +17,9 @@ from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.remote import at_hand
 from src.checkpoint.resume import check_compatible, find_to_resume
 from src.checkpoint.saver import Save, Saver
-from src.checkpoint.weights import load_weights
+from src.checkpoint.sharded import ShardedWriter
+from src.checkpoint.weights import find_weights
+from src.distributed import ALONE, World
 from src.errors import CheckpointError, ConfigError
 from src.state import TrainState
 
@@ -55,6 +57,8 @@ class Checkpointer:
         before_commit: Callable[[], None] = lambda: None,
         on_saved: Callable[[SaveReport], None] = lambda report: None,
         mirror: Mirror = NO_MIRROR,
+        world: World = ALONE,
+        shards: ShardedWriter | None = None,
     ) -> None:
         """
         Args:
@@ -64,6 +68,8 @@ class Checkpointer:
                 that after a kill none of what led to a checkpoint is missing.
             on_saved: Told of each checkpoint that has become durable, in the loop's thread.
             mirror: Where checkpoints are copied to, and come from if they are not here.
+            world: The ranks that train, of which this one saves and restores for all.
+            shards: What the ranks write together, if each has a piece of the model.
         """
         self.policy = policy
         self.catalog = catalog
@@ -73,7 +79,9 @@ class Checkpointer:
         self._environment = environment
         self._on_saved = on_saved
         self._mirror = mirror
-        self._saver = Saver(policy, catalog, before_commit, self._mirror.committed)
+        self._world = world
+        self._shards = shards
+        self._saver = Saver(policy, catalog, before_commit, self._mirror.committed, shards)
         self._saving: Save | None = None
         self._meter = CostMeter()
         self._resumed_from: str | None = None
@@ -118,9 +126,10 @@ class Checkpointer:
         if found is None:
             self._start_afresh(state, resume, init_from)
             self._mirror.begin(above=-1, label=OLD)
+            self._tell_others(False)
             return
-        check_compatible(found.manifest, self._config, self._environment)
-        state.load_state_dict(found.state)
+        check_compatible(found.manifest, self._config, self._environment, self._world.size)
+        self._load(state, found.state)
         self._resumed_from = found.origin
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
@@ -131,6 +140,7 @@ class Checkpointer:
             self._save_at_last(state)
         else:
             self._durable = (state.global_step, state.evaluated)
+        self._tell_others(False)
 
     def step(self, state: TrainState) -> None:
         """To be called after every optimizer step, and after the evaluation if the step ended an epoch.
@@ -148,10 +158,14 @@ class Checkpointer:
             self._meter.step(now.seconds - self._last_step.seconds, now.saving)
         if self._saving is not None and self._saving.committed.done():
             self._settle(self._saving)
-        if self._is_due(now):
-            waited = self._wait_for_the_disk(self._saving) if self._saving is not None else 0.0
-            if not self._failures or self._is_due(now):  # the save before may just have failed
-                self._start(state, now, waited)
+        due, waited = self._is_due(now), 0.0
+        if due and self._saving is not None:
+            waited = self._wait_for_the_disk(self._saving)
+            due = not self._failures or self._is_due(now)  # the save before may just have failed
+        self._tell_others(due)
+        if due:
+            self._start(state, now, waited)
+        if due or waited:
             now = replace(now, seconds=time.monotonic())  # nor is the stall
         self._last_step = now
         self._saver.prepare(state)
@@ -188,6 +202,7 @@ class Checkpointer:
         self.wait()
         if self._durable != (state.global_step, state.evaluated):
             self._save_at_last(state)
+        self._tell_others(False)
         self._mirror.flush(patience)
         self.catalog.rotate(self.policy)  # what was being uploaded when its time came
 
@@ -204,10 +219,20 @@ class Checkpointer:
         """The newest checkpoint on the disk in which loss and weights are numbers."""
         return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
 
+    def _load(self, state: TrainState, saved: dict[str, Any] | None) -> None:
+        """Have all ranks become what rank 0 has found: all of a state, weights alone, or nothing."""
+        saved = self._world.spread(saved, state.own_part())
+        if saved is not None and "global_step" in saved:
+            state.load_state_dict(saved)
+        elif saved is not None:
+            state.load_weights(saved["model_state_dict"])
+
     def _start_afresh(self, state: TrainState, resume: str, init_from: str | None) -> None:
-        if init_from is not None:
+        if init_from is None:
+            self._load(state, None)
+        else:
             with at_hand("init_from", init_from, self._mirror.connect, self.catalog.directory) as path:
-                load_weights(path, state.model, init_from)
+                self._load(state, {"model_state_dict": find_weights(path, state.model, init_from)})
         if resume == "never":
             for path in [
                 *self.catalog.paths(),
@@ -237,6 +262,7 @@ class Checkpointer:
     def _save_at_last(self, state: TrainState) -> None:
         """Save now, however often it takes, within what the policy allows."""
         while True:
+            self._tell_others(True)
             self._start(state, self._progress(state))
             self.wait()
             if self._durable == (state.global_step, state.evaluated):
@@ -248,10 +274,17 @@ class Checkpointer:
         try:
             self._saving = self._saver.start(state, self._manifest(state))
         except MemoryError as error:
+            if self._shards is not None:  # the others have begun
+                raise
             self._report_failure(now.global_step, error)
             return
         self._saving.stall += waited
         self._last_save = now
+
+    def _tell_others(self, save: bool) -> None:
+        """Have the other ranks save their pieces of this step, or go on. Rank 0 alone knows the time, and the disk."""
+        if self._shards is not None:
+            self._world.tell(save)
 
     def _settle(self, save: Save) -> None:
         """Wait for a save, and take note of how it ended."""
@@ -315,6 +348,7 @@ class Checkpointer:
             metrics=dict(state.metrics) if state.evaluated else {},
             best=state.best,
             resumed_from=self._resumed_from,
+            world_size=self._world.size,
             environment=self._environment,
             config=self._config,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -38,6 +38,16 @@ def crc_in(checksum: str) -> int:
     return int(match[1], 16)
 
 
+def entry_of(path: Path) -> FileEntry:
+    """Of a file as it is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    return FileEntry(size, format_checksum(_checksum(path, size)))
+
+
 def verify_file(path: Path, expected: FileEntry) -> None:
     """Read the whole file and compare.
 

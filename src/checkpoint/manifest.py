@@ -16,7 +16,7 @@ MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.pt"
 
 # One path component, so a manifest from elsewhere cannot name a file outside its own folder.
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FILE_NAME = re.compile(r"\.metadata|[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)

@@ -12,6 +12,7 @@ from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.remote import at_hand, is_url
+from src.checkpoint.sharded import with_pieces
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
 
@@ -66,7 +67,7 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
     state = load_file(path / STATE_NAME)
     if not isinstance(state, dict) or state.get("global_step") != manifest.global_step:
         raise CorruptCheckpoint(f"{STATE_NAME} is not the state of step {manifest.global_step}")
-    return manifest, state
+    return manifest, with_pieces(path, state)
 
 
 def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Manifest, dict[str, Any]] | None:
@@ -146,7 +147,9 @@ def find_to_resume(catalog: Catalog, resume: str, mirror: Mirror) -> Found | Non
     return Found(*found, found[1].resumed_from, found[1].global_step) if found else None
 
 
-def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+def check_compatible(
+    manifest: Manifest, config: Mapping[str, Any], environment: Mapping[str, str], world_size: int
+) -> None:
     """Refuse to go on with a config that changes the result; say so when the machine may change its last bits.
 
     Raises:
@@ -165,6 +168,8 @@ def check_compatible(manifest: Manifest, config: Mapping[str, Any], environment:
         for key, value in environment.items()
         if manifest.environment.get(key, value) != value
     ]
+    if manifest.world_size != world_size:
+        changed.append(f"ranks {manifest.world_size} -> {world_size}")
     if changed:
         log.warning("not as when the checkpoint was made: %s; exact to the last bit no more", ", ".join(changed))
 

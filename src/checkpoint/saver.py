@@ -7,15 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from src.background import byte_bar, yield_to_training
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.manifest import STATE_NAME, Manifest
 from src.checkpoint.policy import CheckpointPolicy
+from src.checkpoint.sharded import ShardedWriter, outline_of
 from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
 from src.checkpoint.writer import write_checkpoint
+from src.sharding import local
 from src.state import TrainState
 
 
@@ -54,16 +58,19 @@ class Saver:
         catalog: Catalog,
         before_commit: Callable[[], None],
         committed: Callable[[int], None],
+        shards: ShardedWriter | None = None,
     ) -> None:
         """
         Args:
             before_commit: Called, in the thread that writes, before a checkpoint becomes visible.
             committed: Called, in the same thread, with the step of one that has become durable.
+            shards: Writes what ranks have in pieces.
         """
         self._policy = policy
         self._catalog = catalog
         self._before_commit = before_commit
         self._committed = committed
+        self._shards = shards
         self._snapshotter: Snapshotter | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=yield_to_training)
         self._prepared: Future[None] | None = None
@@ -74,7 +81,7 @@ class Saver:
         if self._snapshotter is None:
             self._snapshotter = Snapshotter(state.device)
             # In containers of its own: the optimizer's are live, and training goes on.
-            containers = map_tensors(state.state_dict(), lambda tensor: tensor)
+            containers = map_tensors(state.state_dict(), local)
             self._prepared = self._thread.submit(self._snapshotter.prepare, containers)
 
     def start(self, state: TrainState, manifest: Manifest) -> Save:
@@ -89,8 +96,12 @@ class Saver:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.result()
-        snapshot = self._snapshotter.take(state.state_dict(), state.updated_tensors())
-        committed = self._thread.submit(self._write, snapshot, manifest)
+        saved, write_pieces = state.state_dict(), None
+        if self._shards is not None:
+            write_pieces = partial(self._shards.write, outline_of(saved))
+            saved = map_tensors(saved, local)
+        snapshot = self._snapshotter.take(saved, state.updated_tensors())
+        committed = self._thread.submit(self._write, snapshot, manifest, write_pieces)
         return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)
 
     def await_with_progress(self, save: Save) -> None:
@@ -113,12 +124,14 @@ class Saver:
         if self._snapshotter is not None:
             self._snapshotter.close()
 
-    def _write(self, snapshot: Snapshot, manifest: Manifest) -> Committed:
+    def _write(self, snapshot: Snapshot, manifest: Manifest, write_pieces: Callable[..., Any] | None) -> Committed:
         host_state = snapshot.complete()
         self._before_commit()
         loss = float(host_state["loss"])
         manifest = replace(manifest, loss=loss, finite=math.isfinite(loss) and weights_are_finite(host_state))
-        path, manifest = write_checkpoint(self._catalog, host_state, manifest)
+        if write_pieces is not None:
+            write_pieces = partial(write_pieces, manifest.finite)
+        path, manifest = write_checkpoint(self._catalog, host_state, manifest, write_pieces)
         durable = time.monotonic()
         self._committed(manifest.global_step)
         self._catalog.rotate(self._policy)

@@ -10,7 +10,7 @@ import logging
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,9 @@ _ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
 
 Copies = tuple[list[Tensor], list[Tensor]]
 """What to copy: to where, from where, one for one."""
+
+TensorPath = tuple[str | int, ...]
+"""Where in a state a tensor is: keys of dicts, indices of lists."""
 
 Storages = dict[int, tuple[UntypedStorage, Tensor]]
 """The storages of a state by address, each with the first tensor on it."""
@@ -241,6 +244,15 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)([map_tensors(item, change) for item in value])
     return value
+
+
+def tensor_paths(value: Any, path: TensorPath = ()) -> Iterator[TensorPath]:
+    """The places of all tensors, in the order in which `map_tensors` comes to them."""
+    if isinstance(value, Tensor):
+        yield path
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensor_paths(item, (*path, key))
 
 
 def _copy(copies: Copies) -> None:

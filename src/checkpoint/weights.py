@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 _LISTED = 20  # lines about tensors that do not fit; a changed architecture may have thousands
 
 
-def load_weights(path: Path, model: nn.Module, init_from: str) -> None:
-    """Load what fits into `model`, and list what does not. The optimizer is left alone: it starts afresh.
+def find_weights(path: Path, model: nn.Module, init_from: str) -> dict[str, Tensor]:
+    """What fits into `model`, for it to load; lists what does not. The optimizer is left alone: it starts afresh.
 
     Args:
         path: A checkpoint's folder, a run's folder, or a `.pt` file that holds a state_dict, bare or
@@ -36,7 +36,6 @@ def load_weights(path: Path, model: nn.Module, init_from: str) -> None:
     fits = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
     if not fits:
         raise ConfigError("init_from", init_from, "holds no tensor that fits the model; is it of the same kind?")
-    model.load_state_dict(fits, strict=False)
 
     log.info(
         "init_from=%s: loaded %d of the model's %d tensors; the optimizer starts afresh", init_from, len(fits), len(own)
@@ -53,6 +52,7 @@ def load_weights(path: Path, model: nn.Module, init_from: str) -> None:
         log.warning("init_from: %s", remark)
     if len(remarks) > _LISTED:
         log.warning("init_from: … and %d more", len(remarks) - _LISTED)
+    return fits
 
 
 def _state_dict_in(loaded: Any) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Host memory -> disk, durably and atomically: a checkpoint is there completely or not at all."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,17 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from src.checkpoint.catalog import Catalog, checkpoint_name
 from src.checkpoint.direct import DirectFile
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, FileEntry, Manifest, read_manifest
+from src.checkpoint.sharded import Report
 from src.errors import CheckpointError
 from src.storage.local import fsync_directory, write_durably
 
+WritePieces = Callable[[Callable[[], Path], Any], tuple[Any, list[Report]]]
+"""`ShardedWriter.write`, but for what is known beforehand."""
 
-def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
+
+def write_checkpoint(
+    catalog: Catalog, state: dict[str, Any], manifest: Manifest, write_pieces: WritePieces | None = None
+) -> tuple[Path, Manifest]:
     """Commit `state` as `step_…/`, described by `manifest` (whose `files` are filled in here).
 
     Everything is written and fsynced under a temporary name, the manifest last; then one rename makes
@@ -25,6 +31,7 @@ def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest
 
     Args:
         state: What `torch.load(..., weights_only=True)` will return: tensors on the CPU, containers, numbers.
+        write_pieces: Writes what of it is in pieces, together with the other ranks.
 
     Returns:
         The committed folder and its manifest.
@@ -35,13 +42,25 @@ def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest
             which there was no time then, is replaced by one from after it.
     """
     final = catalog.directory / checkpoint_name(manifest.global_step)
-    if final.exists() and not _replaces(manifest, final):
-        raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
     temporary = catalog.temporary(manifest.global_step)
-    try:
+
+    def prepare() -> Path:
+        if final.exists() and not _replaces(manifest, final):
+            raise FileExistsError(f"{final} exists; a committed checkpoint is never overwritten")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        manifest = replace(manifest, files={STATE_NAME: _write_state(temporary / STATE_NAME, state)})
+        return temporary
+
+    try:
+        files: dict[str, FileEntry] = {}
+        if write_pieces is None:
+            prepare()
+        else:
+            state, reports = write_pieces(prepare, state)
+            files = {name: entry for written, _ in reports for name, entry in written.items()}
+            manifest = replace(manifest, finite=manifest.finite and all(finite for _, finite in reports))
+        files[STATE_NAME] = _write_state(temporary / STATE_NAME, state)
+        manifest = replace(manifest, files=files)
         write_durably(temporary / MANIFEST_NAME, manifest.to_json())
         fsync_directory(temporary)
         return catalog.adopt(temporary), manifest

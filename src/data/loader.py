@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from src.preemption import STOP_SIGNALS
 from src.rng import cpu_rng_preserved, derive_seed, seed_cpu
 
-Key = tuple[int, int]  # epoch, index of the sample in the data set
+Key = tuple[int, int]  # epoch, index of the sample in the data set; ~index of one that only fills a place
+_NO_LABEL = -100  # what torch's cross_entropy leaves out
 
 _lifelines: WeakSet[Connection] = WeakSet()
 
@@ -36,10 +37,17 @@ def _end_workers() -> None:
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """Yields the batches of one epoch, from the `start`-th sample of its order on."""
+    """Yields this rank's share of the batches of one epoch, from the `start`-th sample of its order on.
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
+    Order and batches do not depend on the number of ranks. A rank for which a batch has no sample gets one that does
+    not count: all ranks take the same number of steps.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.start = 0
 
@@ -50,7 +58,8 @@ class EpochSampler(Sampler[list[Key]]):
         else:
             order = list(range(self.size))
         for first in range(self.start, self.size, self.batch_size):
-            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+            batch = order[first : first + self.batch_size]
+            yield [(self.epoch, index) for index in batch[self.rank :: self.world_size] or [~batch[0]]]
 
     def __len__(self) -> int:
         return -(-(self.size - self.start) // self.batch_size)
@@ -70,24 +79,38 @@ class SeededSamples(Dataset[Any]):
 
     def _fetch(self, key: Key) -> Any:
         epoch, index = key
+        if index < 0:
+            return self._fetch((epoch, ~index))[0], _NO_LABEL
         seed_cpu(derive_seed(self.seed, epoch, index))
         return self.dataset[index]
 
 
 class ResumableLoader:
-    """Batches of a data set, epoch by epoch."""
+    """Batches of a data set, epoch by epoch; of each, one rank's share."""
 
     def __init__(
-        self, dataset: Dataset[Any], size: int, batch_size: int, *, seed: int, shuffle: bool, workers: int, pin: bool
+        self,
+        dataset: Dataset[Any],
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        workers: int,
+        pin: bool,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """
         Args:
             size: Number of samples in `dataset`.
-            batch_size: Samples per batch; the last one of an epoch may be smaller, none is dropped.
+            batch_size: Samples per batch, of all ranks together; the last one of an epoch may be smaller, none is
+                dropped.
             workers: Processes that load; 0 loads in this one. Batches are the same either way.
             pin: Collate into pinned memory, for asynchronous copies to a GPU.
         """
-        self._sampler = EpochSampler(size, batch_size, seed, shuffle)
+        self.size = size
+        self._sampler = EpochSampler(size, batch_size, seed, shuffle, rank, world_size)
         worker_options: dict[str, Any] = {}
         if workers > 0:
             # Not forked from this process: it has threads, perhaps a CUDA context, and holds the run's lock.

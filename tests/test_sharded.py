@@ -1,0 +1,123 @@
+"""A model of which each rank has a piece (FSDP2): the same promises, under the same manifest."""
+
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.checkpoint.__main__ import main
+from src.checkpoint.catalog import verify
+from src.checkpoint.manifest import CorruptCheckpoint
+from src.checkpoint.resume import load_checkpoint
+from src.checkpoint.sharded import METADATA_NAME, with_pieces
+from src.distributed import World
+from src.errors import ConfigError
+from src.trainer import Trainer
+from tests.conftest import LAST, LONG, TINY_DATA, Result, Training
+from tests.ranks import kill, torchrun, workers_of
+from tests.store import Store
+from tests.test_resume import differences
+from tests.test_training import curves, newest_step
+
+SHARDED = (*LONG, "trainer=fsdp")
+
+
+def final_state(run: Path) -> Any:
+    return load_checkpoint(run / "checkpoints" / LAST)[1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a sharded run that was left alone."""
+    training = Training(tmp_path_factory.mktemp("undisturbed_shards"), [])
+    result = training.finish(torchrun(training, 2, *SHARDED))
+    assert result.status == 0, result.output
+    return training.run
+
+
+def test_each_rank_writes_its_piece_under_one_manifest(undisturbed: Path) -> None:
+    path = undisturbed / "checkpoints" / LAST
+    manifest = verify(path)
+    assert set(manifest.files) == {"state.pt", METADATA_NAME, "__0_0.distcp", "__1_0.distcp"}
+    assert manifest.world_size == 2
+    rest = torch.load(path / "state.pt", weights_only=True)
+    assert rest["global_step"] == 104
+    assert all(tensor.is_meta for tensor in rest["model_state_dict"].values() if tensor.dim() > 1)
+    assert len(curves(undisturbed)["train/loss"]) == 104
+
+
+def test_invariant_4_killed_and_its_disk_lost_it_ends_with_the_same_bits(
+    training: Training, undisturbed: Path, store: Store, bucket: str
+) -> None:
+    command = (*SHARDED, "storage=s3", f"storage.bucket={bucket}", f"storage.endpoint_url={store.endpoint}")
+    agent = torchrun(training, 2, *command, restarts=3)
+    training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 20)
+    kill(workers_of(agent)[1])
+    training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 50)
+    os.kill(agent.pid, signal.SIGTERM)
+    result = training.finish(agent)
+    assert "stopped by SIGTERM after step" in result.output, result.output
+    assert "resumed from" in result.output
+    shutil.rmtree(training.run)
+    result = training.finish(torchrun(training, 2, *command))
+    assert result.status == 0, result.output
+    assert "fetched s3://" in result.output
+    assert differences(final_state(undisturbed), final_state(training.run)) == []
+    assert curves(training.run) == curves(undisturbed)
+
+
+def test_it_goes_on_with_other_numbers_of_ranks_and_other_strategies(
+    train: Callable[..., Result], training: Training, tmp_path: Path
+) -> None:
+    """Without dropout and BatchNorm, all of them take the same steps but for rounding."""
+    model = ("model=vit_b_16", "model.patch_size=4", "model.layers=2", "model.heads=2", "model.width=16")
+    command = (*TINY_DATA, *model, "scheduler=none", "trainer.accumulate=3")
+    assert train(*command, "trainer.epochs=5", "run=alone").status == 0
+    for epochs, (strategy, ranks) in enumerate([("fsdp", 2), ("fsdp", 3), ("ddp", 2), ("", 1), ("fsdp", 2)], start=1):
+        options = (*command, f"trainer.epochs={epochs}", *([f"trainer={strategy}"] if strategy else []))
+        result = training.finish(torchrun(training, ranks, *options)) if strategy else train(*options)
+        assert result.status == 0, result.output
+        assert epochs == 1 or f"step {13 * (epochs - 1)}, epoch {epochs - 1}" in result.output
+    alone = load_checkpoint(tmp_path / "outputs/alone/checkpoints/step_00000065")[1]
+    together = load_checkpoint(training.checkpoints / "step_00000065")[1]
+    for key, weights in alone["model_state_dict"].items():
+        assert torch.allclose(weights, together["model_state_dict"][key], atol=1e-4), key
+    target = tmp_path / "weights.safetensors"
+    assert main(["export", str(training.run), str(target)]) == 0
+    assert (
+        differences(dict(sorted(together["model_state_dict"].items())), dict(sorted(load_file(target).items()))) == []
+    )
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Malicious()), b"", b"nonsense", pickle.dumps({})])
+def test_invariant_9_reading_the_metadata_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / METADATA_NAME).write_bytes(content)
+    with pytest.raises(CorruptCheckpoint):
+        with_pieces(tmp_path, {"weight": torch.empty(2, device="meta")})
+    assert not Path("executed").exists()
+
+
+class Two(World):
+    size = 2
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"compile": True}])
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any]) -> None:
+    trainer = Trainer(epochs=1, device="cpu", strategy="fsdp", **settings)
+    with pytest.raises(ConfigError, match=rf"^trainer\.{next(iter(settings))}=.* does not go with trainer=fsdp"):
+        trainer.set_up(Two())
