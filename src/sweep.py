@@ -38,6 +38,9 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before the first job."""
         _refuse_shared_directories(config)
+        # A launcher may start its processes anywhere: they find the code as this one does.
+        path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         os.environ[SWEEP] = f"{os.getpid()}-{uuid.uuid4().hex}"
         self.stopping = False
         self.directory = Path(config.hydra.sweep.dir).absolute()
