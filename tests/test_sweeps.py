@@ -183,9 +183,9 @@ def test_twenty_jobs_killed_five_times_end_like_twenty_left_alone(training: Trai
     assert output.count("already done") == len(finished) >= 17
     assert output.count("resumed from") == 1
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    jobs = sorted(path.parent.name for path in alone.glob("*/result.json"))
-    assert len(jobs) == 20
-    for name in jobs:
+    names = sorted(path.parent.name for path in alone.glob("*/result.json"))
+    assert len(names) == 20
+    for name in names:
         one, other = read_result(alone / name), read_result(sweep / name)
         assert one is not None
         assert one == other
