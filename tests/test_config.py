@@ -281,7 +281,9 @@ def test_the_log_is_in_the_run_directory(train: Train) -> None:
 
 def test_the_readme_names_every_option_of_every_group() -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    for group in (path for path in (REPOSITORY / "conf").iterdir() if path.is_dir()):
+    for path in (REPOSITORY / "conf/hydra").glob("*/*.yaml"):
+        assert f"`hydra/{path.parent.name}={path.stem}`" in readme
+    for group in (path for path in (REPOSITORY / "conf").iterdir() if path.is_dir() and path.name != "hydra"):
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{group.name}` |"))
         for option in options(group.name):
             assert option in row
