@@ -12,7 +12,7 @@ from src.checkpoint.manifest import CorruptCheckpoint
 from src.errors import CheckpointError
 from src.run import RESULT_NEUTRAL, Run, config_drift
 from src.state import TrainState
-from src.storage.local import fsync_directory, write_durably
+from src.storage.local import LocalStorage, fsync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ def already_done(run: Run) -> float | None:
     """Whether this very run is done, so that there is no need to build anything.
 
     It is not trusted over `resume=never|PATH`, nor if anything has changed that there might be something to do for: it
-    is then forgotten, because what was true of the run need not be true in a moment.
+    is then forgotten, because what was true of the run need not be true in a moment. Nor where there is a mirror: only a
+    look there can tell whether it still has all of it.
 
     Returns:
         Its best metric; NaN if that never was a number; None if it is not known to be done.
@@ -96,6 +97,7 @@ def already_done(run: Run) -> float | None:
     if (
         result is not None
         and run.config.get("resume") in ("auto", "required")
+        and run.config.get("storage", {}).get("_target_") == f"{LocalStorage.__module__}.{LocalStorage.__name__}"
         and not config_drift(result.config, run.config, free=_FREE)
         and _is_whole(run.directory, result.last_step)
     ):
