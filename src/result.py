@@ -87,8 +87,8 @@ def already_done(run: Run) -> float | None:
     """Whether this very run is done, so that there is no need to build anything.
 
     It is not trusted over `resume=never|PATH`, nor if anything has changed that there might be something to do for: it
-    is then forgotten, because what was true of the run need not be true in a moment. Nor where there is a mirror: only a
-    look there can tell whether it still has all of it.
+    is then forgotten, because what was true of the run need not be true in a moment. Nor where there is a mirror: only
+    a look there can tell whether it still has all of it.
 
     Returns:
         Its best metric; NaN if that never was a number; None if it is not known to be done.
