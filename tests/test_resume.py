@@ -144,7 +144,7 @@ def test_never_also_ends_the_mourning_over_what_was_damaged(train: Train) -> Non
     (RUN / "checkpoints/step_00000013/state.pt").unlink()
     assert train(*TINY, "trainer.epochs=1").status == 3
     assert train(*TINY, "trainer.epochs=1", "resume=never").status == 0
-    assert "nothing left to train" in train(*TINY, "trainer.epochs=1").output
+    assert "already done" in train(*TINY, "trainer.epochs=1").output
 
 
 def test_a_path_goes_back_to_that_step_and_retires_what_lies_above(train: Train) -> None:
@@ -245,7 +245,7 @@ def test_another_machine_is_mentioned(train: Train) -> None:
     train(*TINY, "trainer.epochs=1")
     for manifest in RUN.glob("checkpoints/*/manifest.json"):
         manifest.write_text(manifest.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
-    result = train(*TINY, "trainer.epochs=1")
+    result = train(*TINY, "trainer.epochs=2")
     assert result.status == 0
     assert f"torch 2.0 -> {torch.__version__}" in result.output
 
@@ -292,6 +292,6 @@ def test_init_from_something_unfit_is_an_error(train: Train) -> None:
 def test_the_directory_is_the_key(train: Train) -> None:
     directory = ("hydra.run.dir=elsewhere/one", "trainer.epochs=1")
     train(*TINY, *directory)
-    assert "nothing left to train" in train(*TINY, *directory).output
+    assert "already done" in train(*TINY, *directory).output
     shutil.move("elsewhere/one", "elsewhere/two")
-    assert "nothing left to train" in train(*TINY, "hydra.run.dir=elsewhere/two", "trainer.epochs=1").output
+    assert "already done" in train(*TINY, "hydra.run.dir=elsewhere/two", "trainer.epochs=1").output
