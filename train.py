@@ -80,7 +80,7 @@ def main(config: DictConfig) -> float | None:
             best = summarize(run, state, checkpointer, mirror, tracker)
         mirror.insist()
         if world.is_main:
-            write_result(run, state)
+            write_result(run, state.best_so_far(policy.monitor), state.global_step)
         return best
 
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from src.checkpoint.snapshot import TensorPath, map_tensors, tensor_paths
+from src.checkpoint.snapshot import TensorPath, is_dense, map_tensors, map_tensors_by_path
 from src.errors import DivergedError, HoldfastError, PeerLost
 
 OwnPart = Callable[[TensorPath, Tensor], Tensor]
 
-_TIMEOUT = timedelta(hours=1)  # rank 0 may have a large checkpoint to fetch, or the last one to upload
+TIMEOUT = timedelta(hours=1)
+"""For how long a rank waits for others: rank 0 may have a large checkpoint to fetch, any of them a piece to write."""
+
 _PATIENCE = timedelta(seconds=2)  # rank 0 finds the same error in a setting at about the same time
 _ENDED = "holdfast/ended"
 
@@ -94,7 +96,7 @@ class Ranks(World):
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         store, _, _ = next(rendezvous("env://"))
         store = _store_of_this_round(store, self.rank, self.size)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         self._votes = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         self._voting: dist.Work | None = None
         self._told = torch.zeros(1, dtype=torch.uint8)
@@ -124,20 +126,20 @@ class Ranks(World):
         tensors: list[Tensor] = []
 
         def outline(tensor: Tensor) -> Tensor:
-            tensors.append(tensor.detach() if _is_flat(tensor) else tensor.detach().contiguous())
+            tensors.append(tensor.detach() if is_dense(tensor) else tensor.detach().contiguous())
             return tensors[-1].to("meta")
 
         box = [map_tensors(saved, outline) if self.is_main else None]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-        paths, sent = tensor_paths(box[0]), iter(tensors)
+        sent = iter(tensors)
 
-        def receive(outline: Tensor) -> Tensor:
+        def receive(path: TensorPath, outline: Tensor) -> Tensor:
             tensor = next(sent) if self.is_main else torch.empty_like(outline, device="cpu")
             if tensor.numel():
                 dist.broadcast(_flat(tensor).view(torch.uint8), 0)
-            return own_part(next(paths), tensor)
+            return own_part(path, tensor)
 
-        return map_tensors(box[0], receive)
+        return map_tensors_by_path(box[0], receive)
 
     def tell(self, value: bool) -> bool:
         """The `value` of rank 0, which alone does not wait for the others."""
@@ -188,7 +190,7 @@ def join() -> Iterator[World]:
         if isinstance(error, RuntimeError) and not lost:
             raise
         # One that all ranks run into at the same step leaves rank 0 some uploading to do.
-        patience = _TIMEOUT if isinstance(error, DivergedError) else _PATIENCE
+        patience = TIMEOUT if isinstance(error, DivergedError) else _PATIENCE
         if isinstance(error, HoldfastError) and ranks.is_main:
             ranks.end_for_good()
             _say_goodbye(error.exit_code)
@@ -266,10 +268,6 @@ def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _is_flat(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
 def _flat(tensor: Tensor) -> Tensor:
-    """All elements in the order of memory: collectives want tensors that are contiguous."""
+    """All elements of a dense tensor in the order of memory: collectives want tensors that are contiguous."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())

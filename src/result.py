@@ -3,15 +3,15 @@
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.manifest import CorruptCheckpoint
 from src.errors import CheckpointError
 from src.run import RESULT_NEUTRAL, Run, config_drift
-from src.state import TrainState
 from src.storage.local import LocalStorage, fsync_directory, write_durably
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,15 @@ class Failure:
     exit_code: int
 
 
-def write_result(run: Run, state: TrainState) -> None:
-    """Note durably that the run is done. If that fails, all that is lost is the time to find it out again."""
-    best = state.best or {"metric": run.config["checkpoint"]["monitor"], "value": math.nan, "global_step": 0}
+def write_result(run: Run, best: Mapping[str, Any], last_step: int) -> None:
+    """Note durably that the run is done. If that fails, all that is lost is the time to find it out again.
+
+    Args:
+        best: As `TrainState.best_so_far` has it.
+        last_step: Of the run.
+    """
     value = best["value"] if math.isfinite(best["value"]) else None
-    result = Result(best["metric"], value, best["global_step"], state.global_step, run.config)
+    result = Result(best["metric"], value, best["global_step"], last_step, run.config)
     try:
         _write(run.directory / RESULT_NAME, result)
     except OSError as error:

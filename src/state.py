@@ -1,5 +1,6 @@
 """The whole state of a training run: what a checkpoint holds, and what exact resume needs."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class TrainState:
     def device(self) -> torch.device:
         """Where training happens."""
         return self.loss.device
+
+    def best_so_far(self, monitor: str) -> dict[str, Any]:
+        """The best evaluation; NaN at step 0 if there has been none that was a number."""
+        return self.best or {"metric": monitor, "value": math.nan, "global_step": 0}
 
     def updated_tensors(self) -> Iterator[Tensor]:
         """The tensors that change in `optimizer.step()` and at no other time: parameters and the optimizer's state.

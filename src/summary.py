@@ -19,7 +19,7 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, mirror: M
     Returns:
         The best value of the monitored metric; NaN if it never was a number.
     """
-    best = state.best or {"metric": checkpointer.policy.monitor, "value": float("nan"), "global_step": 0}
+    best = state.best_so_far(checkpointer.policy.monitor)
     directory = os.path.relpath(run.directory)
     lines = {"best": f"{best['metric']} {best['value']:.4f} at step {best['global_step']}"}
     if tracker.started:

@@ -298,7 +298,7 @@ class Trainer:
         """Mean loss and accuracy over a data set, a share on each rank. Draws no random numbers, changes no buffers."""
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for images, labels in stop.together(batches.epoch(0)) if stop is not None else batches.epoch(0):
+        for images, labels in (stop or Stop()).together(batches.epoch(0)):
             x, y = self._to_device(images, labels)
             with self._autocast():
                 logits = model(x)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,17 @@ class Training:
 
     def start(self, *overrides: str, **options: Any) -> subprocess.Popen[str]:
         """The real thing, in a process of its own, with its output in a pipe."""
+        return self.launch([], *overrides, **options)
+
+    def launch(self, launcher: Sequence[str], *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """The same by a launcher: options of python that come before train.py."""
         process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "train.py"), *overrides],
-            cwd=self.directory,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, *launcher, str(REPOSITORY / "train.py"), *overrides],
+            **{"cwd": self.directory, **options},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            **options,
         )
         self._started.append(process)
         return process

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from src.data.datasets import Data, synthetic
-from tests.conftest import REPOSITORY, Training
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+from tests.cluster import free_port
+from tests.conftest import Training
 
 
 def torchrun(
@@ -27,27 +24,14 @@ def torchrun(
         where: The directory that it is started in.
         node: Options of torchrun that make this one of several nodes.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", *(node.split() or ["--standalone"])]
-    command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    process = subprocess.Popen(
-        [*command, str(REPOSITORY / "train.py"), *overrides],
-        cwd=where or training.directory,
-        env={**os.environ, **ENVIRONMENT},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    training._started.append(process)
-    return process
+    launcher = ["-m", "torch.distributed.run", *(node.split() or ["--standalone"])]
+    launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    return training.launch(launcher, *overrides, cwd=where or training.directory, start_new_session=True)
 
 
 def two_nodes(training: Training, folders: Sequence[Path], *overrides: str) -> list[subprocess.Popen[str]]:
     """One rank in each of two directories, which share nothing."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    node = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=test"
+    node = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --rdzv-id=test"
     started = []
     for number, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)

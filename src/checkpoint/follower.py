@@ -11,10 +11,10 @@ from src.background import yield_to_training
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.finite import weights_are_finite
 from src.checkpoint.policy import CheckpointPolicy
-from src.checkpoint.sharded import OtherRankFailed, Outline, ShardedWriter, outline_of
-from src.checkpoint.snapshot import Snapshot, Snapshotter, map_tensors
+from src.checkpoint.saver import take_snapshot
+from src.checkpoint.sharded import OtherRankFailed, Outline, ShardedWriter
+from src.checkpoint.snapshot import Snapshot, Snapshotter
 from src.distributed import World
-from src.sharding import local
 from src.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,7 @@ class ShardFollower(Follower):
         self.wait()
         if self._snapshotter is None:
             self._snapshotter = Snapshotter(state.device)
-        saved = state.state_dict()
-        outline = outline_of(saved)
-        self._snapshot = self._snapshotter.take(map_tensors(saved, local), state.updated_tensors())
+        self._snapshot, outline = take_snapshot(self._snapshotter, state, in_pieces=True)
         self._written = self._thread.submit(self._write, self._snapshot, outline)
 
     def _write(self, snapshot: Snapshot, outline: Outline) -> None:

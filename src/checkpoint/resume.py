@@ -12,7 +12,7 @@ from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.remote import at_hand, is_url
-from src.checkpoint.sharded import with_pieces
+from src.checkpoint.snapshot import tensors_by_path
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
 
@@ -67,7 +67,11 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
     state = load_file(path / STATE_NAME)
     if not isinstance(state, dict) or state.get("global_step") != manifest.global_step:
         raise CorruptCheckpoint(f"{STATE_NAME} is not the state of step {manifest.global_step}")
-    return manifest, with_pieces(path, state)
+    if any(tensor.is_meta for tensor in tensors_by_path(state).values()):
+        from src.checkpoint.sharded import with_pieces  # imported here: it takes a second that others need not pay
+
+        state = with_pieces(path, state)
+    return manifest, state
 
 
 def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Manifest, dict[str, Any]] | None:

@@ -48,6 +48,14 @@ class Save:
     committed: "Future[Committed]"
 
 
+def take_snapshot(snapshotter: Snapshotter, state: TrainState, in_pieces: bool) -> tuple[Snapshot, Outline]:
+    """A snapshot of what of the state is on this rank, and which of its tensors are in pieces."""
+    saved = state.state_dict()
+    if not in_pieces:
+        return snapshotter.take(saved, state.updated_tensors()), {}
+    return snapshotter.take(map_tensors(saved, local), state.updated_tensors()), outline_of(saved)
+
+
 class Saver:
     """Takes snapshots and commits them, one at a time; then rotates."""
 
@@ -95,11 +103,7 @@ class Saver:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.result()
-        saved = state.state_dict()
-        outline = outline_of(saved) if self._shards is not None else {}
-        if outline:
-            saved = map_tensors(saved, local)
-        snapshot = self._snapshotter.take(saved, state.updated_tensors())
+        snapshot, outline = take_snapshot(self._snapshotter, state, in_pieces=self._shards is not None)
         committed = self._thread.submit(self._write, snapshot, manifest, outline)
         return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)
 

@@ -8,7 +8,6 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +26,13 @@ from torch.distributed.tensor import DTensor
 
 from src.checkpoint.checksum import entry_of
 from src.checkpoint.manifest import MANIFEST_NAME, NOT_THERE, CorruptCheckpoint, FileEntry, read_manifest
-from src.checkpoint.snapshot import TensorPath, map_tensors, tensor_paths
+from src.checkpoint.snapshot import TensorPath, map_tensors_by_path, tensors_by_path
+from src.distributed import TIMEOUT
 
 METADATA_NAME = ".metadata"
 _SUFFIX = ".distcp"
 
 T = TypeVar("T")
-
-PATIENCE = timedelta(hours=1)
-"""For how long a rank waits for the others to have written."""
 
 Outline = dict[TensorPath, DTensor]
 """What of a state is in pieces."""
@@ -56,7 +53,7 @@ class ShardedWriter:
         self._rank, self._ranks = rank, ranks
         self._mesh: DeviceMesh = init_device_mesh("cpu", (ranks,))
         # Of its own: another thread talks there than the loop's.
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
 
@@ -100,22 +97,18 @@ class ShardedWriter:
         Raises:
             OSError: a rank could not; on all of them.
         """
-        found: list[Tensor] = []
+        pieces: dict[str, DTensor] = {}
 
         def take_out(path: TensorPath, tensor: Tensor) -> Tensor:
             if path not in outline:
                 return tensor
-            found.append(tensor)
-            return torch.empty(outline[path].shape, dtype=tensor.dtype, device="meta")
-
-        paths = tensor_paths(host_state)
-        rest = map_tensors(host_state, lambda tensor: take_out(next(paths), tensor))
-        pieces = {
-            _name(path): DTensor.from_local(
+            live = outline[path]
+            pieces[_name(path)] = DTensor.from_local(
                 tensor, self._mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
             )
-            for (path, live), tensor in zip(outline.items(), found, strict=True)
-        }
+            return torch.empty(live.shape, dtype=tensor.dtype, device="meta")
+
+        rest = map_tensors_by_path(host_state, take_out)
         try:
             save(pieces, storage_writer=_Writer(str(folder)), process_group=self._group)
         except CheckpointException as error:
@@ -138,7 +131,7 @@ def _cause_of(error: CheckpointException) -> BaseException:
 
 def outline_of(state: Any) -> Outline:
     """The tensors of a state that are in pieces, with the pieces that are here."""
-    return {path: tensor for path, tensor in _by_path(state).items() if isinstance(tensor, DTensor)}
+    return {path: tensor for path, tensor in tensors_by_path(state).items() if isinstance(tensor, DTensor)}
 
 
 def with_pieces(folder: Path, state: Any) -> Any:
@@ -147,7 +140,7 @@ def with_pieces(folder: Path, state: Any) -> Any:
     Raises:
         CorruptCheckpoint: it is not what was saved.
     """
-    missing = {_name(path): tensor for path, tensor in _by_path(state).items() if tensor.is_meta}
+    missing = {_name(path): tensor for path, tensor in tensors_by_path(state).items() if tensor.is_meta}
     if not missing:
         return state
     try:
@@ -167,19 +160,7 @@ def with_pieces(folder: Path, state: Any) -> Any:
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, NOT_THERE):
             raise cause from error
         raise CorruptCheckpoint(f"the pieces cannot be put together ({' '.join(str(cause).split())[:300]})") from error
-    paths = tensor_paths(state)
-    return map_tensors(state, lambda tensor: pieces.get(_name(next(paths)), tensor))
-
-
-def _by_path(state: Any) -> dict[TensorPath, Tensor]:
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    map_tensors(state, note)
-    return dict(zip(tensor_paths(state), tensors, strict=True))
+    return map_tensors_by_path(state, lambda path, tensor: pieces.get(_name(path), tensor))
 
 
 def _name(path: TensorPath) -> str:

@@ -246,13 +246,25 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def tensor_paths(value: Any, path: TensorPath = ()) -> Iterator[TensorPath]:
-    """The places of all tensors, in the order in which `map_tensors` comes to them."""
+def map_tensors_by_path(value: Any, change: Callable[[TensorPath, Tensor], Any]) -> Any:
+    """As `map_tensors`, for a `change` that goes by where a tensor is."""
+    paths = _tensor_paths(value)  # in the same order
+    return map_tensors(value, lambda tensor: change(next(paths), tensor))
+
+
+def tensors_by_path(value: Any) -> dict[TensorPath, Tensor]:
+    """All tensors, with where they are."""
+    tensors: dict[TensorPath, Tensor] = {}
+    map_tensors_by_path(value, tensors.setdefault)
+    return tensors
+
+
+def _tensor_paths(value: Any, path: TensorPath = ()) -> Iterator[TensorPath]:
     if isinstance(value, Tensor):
         yield path
     elif isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensor_paths(item, (*path, key))
+            yield from _tensor_paths(item, (*path, key))
 
 
 def _copy(copies: Copies) -> None:
@@ -275,9 +287,13 @@ def _by_storage(state: Any) -> tuple[Any, Storages]:
     return map_tensors(state, note), storages
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side, as those of images and convolutions may do in two orders."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
 def _fills_its_storage(tensor: Tensor) -> bool:
-    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-    return dense and tensor.nbytes == tensor.untyped_storage().nbytes()
+    return is_dense(tensor) and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _as_bytes(storage: UntypedStorage) -> Tensor:
