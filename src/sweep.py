@@ -22,7 +22,7 @@ from src.errors import ConfigError
 from src.launch import describe, ending_the_program
 from src.result import FAILURE_NAME, Failure, read_failure, write_failure
 from src.run import holder, holder_of, is_neutral, run_name
-from src.worker import SWEEP, ignore_signals, in_sweep, is_worker, stop_file, sweep_is_over
+from src.worker import SWEEP, enter_job, in_sweep, is_worker, leave_job, stop_file, sweep_is_over
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,14 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """In the job's process: it is tried again."""
         if is_worker():
-            ignore_signals()
+            enter_job()
         if in_sweep():
             Path(config.hydra.runtime.output_dir, FAILURE_NAME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """In the job's process. A failure is not left to Hydra, which would raise the first and forget the others."""
+        if is_worker():
+            leave_job()
         if not in_sweep() or job_return.status is not JobStatus.FAILED:
             return
         error = job_return._return_value

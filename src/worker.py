@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ SWEEP = "HOLDFAST_SWEEP"
 """Environment variable, set by a sweep and inherited by its jobs, whatever launcher starts them: `process-id`."""
 
 _EVERY = 0.2  # seconds between looks
+_IDLE_WATCH = "idle-watch"
+_at_work = threading.Event()
 
 
 def in_sweep() -> bool:
@@ -32,11 +35,29 @@ def is_worker() -> bool:
     return parent is not None and in_sweep() and os.environ.get(SWEEP, "").startswith(f"{parent.pid}-")
 
 
-def ignore_signals() -> None:
-    """Between trainings, leave it to the sweep's process to be asked to stop. A worker that ends by itself looks to the
-    launcher like one that has crashed: it then kills the others, whatever they are just saving."""
+def enter_job() -> None:
+    """To be called by a worker before each of its jobs."""
+    # Between trainings it is the sweep's process that is asked to stop. A worker that ends by itself looks to the
+    # launcher like one that has crashed: it then kills the others, whatever they are just saving.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    _at_work.set()
+    if not any(thread.name == _IDLE_WATCH for thread in threading.enumerate()):
+        threading.Thread(target=_end_with_the_sweep, name=_IDLE_WATCH, daemon=True).start()
+
+
+def leave_job() -> None:
+    """To be called after each. From then on the worker ends if its sweep does: of a sweep that was killed, the launcher
+    leaves idle workers waiting for minutes, with all that they hold of a GPU."""
+    _at_work.clear()
+
+
+def _end_with_the_sweep() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid or _at_work.is_set():
+        time.sleep(_EVERY)
+    os._exit(0)
 
 
 def stop_file(sweep: Path, process: int) -> Path:

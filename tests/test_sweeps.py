@@ -195,6 +195,13 @@ def test_twenty_jobs_killed_five_times_end_like_twenty_left_alone(training: Trai
 # --- in processes of their own ---
 
 
+def workers_of(process: int) -> list[Path]:
+    """In /proc."""
+    children = "".join(path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children"))
+    processes = [Path("/proc", child) for child in children.split()]
+    return [path for path in processes if b"LokyProcess" in (path / "cmdline").read_bytes()]
+
+
 def test_parallel_jobs_save_when_the_sweep_is_stopped_or_killed(training: Training, uninterrupted: Path) -> None:
     command = ("-m", *LONG, "trainer.seed=0,1,2", "hydra/launcher=joblib")
     sweep = training.directory / SWEEP
@@ -214,11 +221,14 @@ def test_parallel_jobs_save_when_the_sweep_is_stopped_or_killed(training: Traini
     reached = min(steps(sweep).values())
     process = training.start(*command)
     training.wait_until(process, two_are_beyond(reached))
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
     process.send_signal(signal.SIGKILL)  # its workers notice, and save
     process.wait()
     result = training.finish(training.start(*command))
     assert result.status == 0, result.output
     assert done(sweep) == 3
+    assert not [worker for worker in workers if worker.exists()]
     assert differences(state(104, job(sweep, "trainer.seed=0")), state(104, uninterrupted)) == []
 
 

@@ -122,7 +122,7 @@ class ShardFollower(Follower):
 
         folder = self._pieces.together(begin)[0]
         assert isinstance(folder, Path)
-        self._pieces.write(folder, outline, host_state, weights_are_finite(host_state))
+        self._pieces.write(folder, outline, host_state, lambda: weights_are_finite(host_state))
 
 
 def follower(policy: CheckpointPolicy, world: World, shards: ShardedWriter | None) -> Follower:

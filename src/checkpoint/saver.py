@@ -80,6 +80,7 @@ class Saver:
         self._shards = shards
         self._snapshotter: Snapshotter | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=yield_to_training)
+        self._looker = ThreadPoolExecutor(1, "checkpoint-finite", initializer=yield_to_training)
         self._prepared: Future[None] | None = None
 
     def prepare(self, state: TrainState) -> None:
@@ -124,13 +125,14 @@ class Saver:
     def close(self) -> None:
         """Wait for the save in flight, and give the memory back."""
         self._thread.shutdown(wait=True)
+        self._looker.shutdown(wait=True)
         if self._snapshotter is not None:
             self._snapshotter.close()
 
     def _write(self, snapshot: Snapshot, manifest: Manifest, outline: Outline) -> Committed:
         if self._shards is None:
-            host_state, manifest = self._complete(snapshot, manifest)
-            path, manifest = write_checkpoint(self._catalog, host_state, manifest)
+            host_state, manifest, finite = self._complete(snapshot, manifest)
+            path, manifest = write_checkpoint(self._catalog, host_state, manifest, finite)
         else:
             path, manifest = self._write_together(self._shards, snapshot, manifest, outline)
         durable = time.monotonic()
@@ -138,24 +140,27 @@ class Saver:
         self._catalog.rotate(self._policy)
         return Committed(path, manifest.nbytes, durable, evaluated=bool(manifest.metrics))
 
-    def _complete(self, snapshot: Snapshot, manifest: Manifest) -> tuple[Any, Manifest]:
+    def _complete(self, snapshot: Snapshot, manifest: Manifest) -> tuple[Any, Manifest, Callable[[], bool]]:
         host_state = snapshot.complete()
         self._before_commit()
         loss = float(host_state["loss"])
-        finite = math.isfinite(loss) and weights_are_finite(host_state)
-        return host_state, replace(manifest, loss=loss, finite=finite)
+        finite = self._looker.submit(weights_are_finite, host_state)  # while the disk is busy
+        return host_state, replace(manifest, loss=loss, finite=math.isfinite(loss)), finite.result
 
     def _write_together(
         self, shards: ShardedWriter, snapshot: Snapshot, manifest: Manifest, outline: Outline
     ) -> tuple[Path, Manifest]:
         host_state: Any = None
+        finite: Callable[[], bool]
         with ExitStack() as stack:
 
             def begin() -> Path:
-                nonlocal host_state, manifest
-                host_state, manifest = self._complete(snapshot, manifest)
+                nonlocal host_state, manifest, finite
+                host_state, manifest, finite = self._complete(snapshot, manifest)
                 return stack.enter_context(being_written(self._catalog, manifest))
 
             folder = shards.together(begin)[0]
-            rest, reports = shards.write(folder, outline, host_state, manifest.finite)
-            return commit(self._catalog, folder, rest, manifest, reports)
+            rest, reports = shards.write(folder, outline, host_state, finite)
+            files = {name: entry for written, _ in reports for name, entry in written.items()}
+            manifest = replace(manifest, files=files)
+            return commit(self._catalog, folder, rest, manifest, lambda: all(numbers for _, numbers in reports))

@@ -82,14 +82,16 @@ class ShardedWriter:
                 raise OtherRankFailed(f"rank {rank}: {reason}")
         return [value for value, _ in answers]
 
-    def write(self, folder: Path, outline: Outline, host_state: Any, finite: bool) -> tuple[Any, list[Report]]:
+    def write(
+        self, folder: Path, outline: Outline, host_state: Any, finite: Callable[[], bool]
+    ) -> tuple[Any, list[Report]]:
         """Write the pieces; to be called by all ranks for the same step.
 
         Args:
             folder: Of rank 0, there already.
             outline: What is in pieces.
             host_state: The state in host memory, with the pieces that are here.
-            finite: Whether the weights that are here are numbers.
+            finite: Whether the weights that are here are numbers; asked when they are on the disk.
 
         Returns:
             The rest of the state, and all ranks' reports.
@@ -116,7 +118,7 @@ class ShardedWriter:
 
         def report() -> Report:
             mine = [*folder.glob(f"__{self._rank}_*{_SUFFIX}"), *([folder / METADATA_NAME] if self._rank == 0 else [])]
-            return {path.name: entry_of(path) for path in mine}, finite
+            return {path.name: entry_of(path) for path in mine}, finite()
 
         return rest, self.together(report)
 

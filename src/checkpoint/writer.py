@@ -1,7 +1,7 @@
 """Host memory -> disk, durably and atomically: a checkpoint is there completely or not at all."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from src.checkpoint.catalog import Catalog, checkpoint_name
 from src.checkpoint.direct import DirectFile
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, FileEntry, Manifest, read_manifest
-from src.checkpoint.sharded import Report
 from src.errors import CheckpointError
 from src.storage.local import fsync_directory, write_durably
 
 
-def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest) -> tuple[Path, Manifest]:
+def write_checkpoint(
+    catalog: Catalog, state: dict[str, Any], manifest: Manifest, finite: Callable[[], bool] = lambda: True
+) -> tuple[Path, Manifest]:
     """Commit `state` as `step_…/`, described by `manifest` (whose `files` are filled in here).
 
     Everything is written and fsynced under a temporary name, the manifest last; then one rename makes
@@ -26,6 +27,7 @@ def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest
 
     Args:
         state: What `torch.load(..., weights_only=True)` will return: tensors on the CPU, containers, numbers.
+        finite: Whether the weights are numbers; asked when the state is on the disk.
 
     Returns:
         The committed folder and its manifest.
@@ -36,7 +38,7 @@ def write_checkpoint(catalog: Catalog, state: dict[str, Any], manifest: Manifest
             which there was no time then, is replaced by one from after it.
     """
     with being_written(catalog, manifest) as folder:
-        return commit(catalog, folder, state, manifest)
+        return commit(catalog, folder, state, manifest, finite)
 
 
 @contextmanager
@@ -56,21 +58,15 @@ def being_written(catalog: Catalog, manifest: Manifest) -> Iterator[Path]:
 
 
 def commit(
-    catalog: Catalog, folder: Path, state: dict[str, Any], manifest: Manifest, reports: Sequence[Report] = ()
+    catalog: Catalog, folder: Path, state: dict[str, Any], manifest: Manifest, finite: Callable[[], bool]
 ) -> tuple[Path, Manifest]:
-    """Write what is missing, and make it a checkpoint.
-
-    Args:
-        reports: On what the ranks have written there already.
-    """
-    files = {name: entry for written, _ in reports for name, entry in written.items()}
-    for name, entry in files.items():
+    """Write what is missing beside the manifest's files, which ranks have written there, and make it a checkpoint."""
+    for name, entry in manifest.files.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != entry.size:
             raise OSError(f"another rank's {path} is not here: trainer=fsdp needs a run directory that all ranks share")
-    finite = manifest.finite and all(finite for _, finite in reports)
-    files[STATE_NAME] = _write_state(folder / STATE_NAME, state)
-    manifest = replace(manifest, files=files, finite=finite)
+    files = {**manifest.files, STATE_NAME: _write_state(folder / STATE_NAME, state)}
+    manifest = replace(manifest, files=files, finite=manifest.finite and finite())
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     fsync_directory(folder)
     return catalog.adopt(folder), manifest
