@@ -22,7 +22,7 @@ from awscrt.checksums import crc64nvme
 from src.checkpoint.checksum import format_checksum
 from src.checkpoint.manifest import FileEntry
 
-_BLOCK = 4 * 1024 * 1024  # bytes per write: many a disk needs that much at once to reach its speed
+_BLOCK = 2 * 1024 * 1024  # bytes per write: enough for a disk to reach its speed, few enough to stay in a cache
 _BLOCKS = 3
 _PAGE = mmap.PAGESIZE  # bytes: of which O_DIRECT wants whole numbers
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
