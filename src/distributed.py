@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -21,10 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from src.checkpoint.snapshot import TensorPath, is_dense, map_tensors, map_tensors_by_path
+from src.checkpoint.snapshot import OnTensor, TensorPath, is_dense, map_tensors, map_tensors_by_path
 from src.errors import DivergedError, HoldfastError, PeerLost
-
-OwnPart = Callable[[TensorPath, Tensor], Tensor]
 
 TIMEOUT = timedelta(hours=1)
 """For how long a rank waits for others: rank 0 may have a large checkpoint to fetch, any of them a piece to write."""
@@ -59,14 +57,15 @@ class World:
         """
         return value
 
-    def spread(self, saved: Any, own_part: OwnPart) -> Any:
+    def spread(self, saved: Any, read: OnTensor, own_part: OnTensor) -> Any:
         """What rank 0 gives as `saved`, for each rank.
 
         Args:
-            saved: Tensors on the host, in containers. Looked at on rank 0 only.
-            own_part: What a rank keeps of the tensor at a path.
+            saved: Tensors on the host, or outlines of them, in containers. Looked at on rank 0 only.
+            read: The tensor itself, on rank 0.
+            own_part: What a rank keeps of it.
         """
-        return saved
+        return map_tensors_by_path(saved, read)
 
     def tell(self, value: bool) -> bool:
         """The `value` of rank 0, which alone does not wait for the others."""
@@ -121,20 +120,20 @@ class Ranks(World):
         self._voting = dist.all_reduce(now, dist.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def spread(self, saved: Any, own_part: OwnPart) -> Any:
+    def spread(self, saved: Any, read: OnTensor, own_part: OnTensor) -> Any:
         """What rank 0 gives as `saved`, for each rank: one tensor after the other, whoever has the files."""
         tensors: list[Tensor] = []
 
         def outline(tensor: Tensor) -> Tensor:
-            tensors.append(tensor.detach() if is_dense(tensor) else tensor.detach().contiguous())
-            return tensors[-1].to("meta")
+            tensors.append(tensor.detach())
+            return _dense(tensors[-1].to("meta"))
 
         box = [map_tensors(saved, outline) if self.is_main else None]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         sent = iter(tensors)
 
         def receive(path: TensorPath, outline: Tensor) -> Tensor:
-            tensor = next(sent) if self.is_main else torch.empty_like(outline, device="cpu")
+            tensor = _dense(read(path, next(sent))) if self.is_main else torch.empty_like(outline, device="cpu")
             if tensor.numel():
                 dist.broadcast(_flat(tensor).view(torch.uint8), 0)
             return own_part(path, tensor)
@@ -266,6 +265,10 @@ def _store() -> Store:
 
 def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ class PeerLost(HoldfastError):
     """Another of the processes that train together has ended."""
 
 
+class WorkerLost(HoldfastError):
+    """One of the processes that load data has ended."""
+
+
 class DivergedError(HoldfastError):
     """The loss is no number any more."""
 

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.checkpoint.snapshot import TensorPath
+from src.checkpoint.snapshot import OnTensor, TensorPath
 from src.errors import CheckpointError
 from src.rng import rng_state, set_rng_state
 from src.sharding import local, piece_of
@@ -157,7 +157,7 @@ class TrainState:
         """Take over those of the model's tensors that are given. Everything else is left alone."""
         self.model.load_state_dict(weights, strict=False)
 
-    def own_part(self) -> Callable[[TensorPath, Tensor], Tensor]:
+    def own_part(self) -> OnTensor:
         """What this rank keeps of a whole tensor at a place in a state: a piece of those that it has in pieces."""
         in_pieces: dict[TensorPath, Tensor] = {
             ("model_state_dict", key): parameter

@@ -145,6 +145,13 @@ def _train(directory: Path, overrides: tuple[str, ...]) -> None:
     runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
 
 
+def children_of(process: int) -> list[int]:
+    """The processes that this one has started and that still live."""
+    return [
+        int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
+    ]
+
+
 @pytest.fixture
 def training(tmp_path: Path) -> Iterator[Training]:
     started: list[subprocess.Popen[str]] = []

@@ -1,5 +1,6 @@
 """Ways to run the real train.py on several ranks: by a real torchrun, with processes that can be killed."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,29 +15,57 @@ from src.data.datasets import Data, synthetic
 from tests.cluster import free_port
 from tests.conftest import Training
 
+_MOUNTS_OF_ITS_OWN = 0x20000  # CLONE_NEWNS
+
 
 def torchrun(
-    training: Training, ranks: int, *overrides: str, restarts: int = 0, where: Path | None = None, node: str = ""
+    training: Training,
+    ranks: int,
+    *overrides: str,
+    restarts: int = 0,
+    where: Path | None = None,
+    node: str = "",
+    hidden: Path | None = None,
 ) -> subprocess.Popen[str]:
     """Start train.py on `ranks` ranks of this machine.
 
     Args:
         where: The directory that it is started in.
         node: Options of torchrun that make this one of several nodes.
+        hidden: A directory in place of which they see an empty one.
     """
+
+    def hide() -> None:
+        ctypes.CDLL(None).unshare(_MOUNTS_OF_ITS_OWN)
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(hidden)], check=True)
+
     launcher = ["-m", "torch.distributed.run", *(node.split() or ["--standalone"])]
     launcher += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    return training.launch(launcher, *overrides, cwd=where or training.directory, start_new_session=True)
+    return training.launch(
+        launcher,
+        *overrides,
+        cwd=where or training.directory,
+        start_new_session=True,
+        preexec_fn=hide if hidden else None,
+    )
 
 
-def two_nodes(training: Training, folders: Sequence[Path], *overrides: str) -> list[subprocess.Popen[str]]:
-    """One rank in each of two directories, which share nothing."""
+def two_nodes(
+    training: Training, folders: Sequence[Path], *overrides: str, hidden: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """One rank in each of two directories.
+
+    Args:
+        hidden: A directory that the second does not see.
+    """
     node = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --rdzv-id=test"
     started = []
     for number, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
         options = f"{node} --local-addr=127.0.0.1 --rdzv-conf=is_host={int(number == 0)}"
-        started.append(torchrun(training, 1, *overrides, where=folder, node=options))
+        unseen = hidden if number == 1 else None
+        started.append(torchrun(training, 1, *overrides, where=folder, node=options, hidden=unseen))
     return started
 
 

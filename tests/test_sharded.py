@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -24,13 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 from src.checkpoint.__main__ import main
 from src.checkpoint.catalog import verify
 from src.checkpoint.manifest import CorruptCheckpoint, FileEntry, Manifest
-from src.checkpoint.resume import load_checkpoint
-from src.checkpoint.sharded import METADATA_NAME, with_pieces
+from src.checkpoint.resume import load_checkpoint, open_checkpoint
+from src.checkpoint.sharded import METADATA_NAME, Pieces
 from src.distributed import World
 from src.errors import ConfigError
 from src.trainer import Trainer
 from tests.conftest import LAST, LONG, TINY_DATA, Result, Training
-from tests.ranks import kill, torchrun, workers_of
+from tests.ranks import kill, torchrun, two_nodes, workers_of
 from tests.store import Store
 from tests.test_resume import differences
 from tests.test_training import curves, newest_step
@@ -105,6 +106,23 @@ def test_it_goes_on_with_other_numbers_of_ranks_and_other_strategies(
     )
 
 
+def test_two_nodes_that_share_a_disk_end_like_two_ranks_of_one(training: Training, undisturbed: Path) -> None:
+    for result in map(training.finish, two_nodes(training, [training.directory] * 2, *SHARDED)):
+        assert result.status == 0, result.output
+    assert differences(final_state(undisturbed), final_state(training.run)) == []
+
+
+def test_nodes_that_share_no_disk_are_refused_before_the_first_step(training: Training, tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("hiding a directory from a process needs root")
+    nodes = two_nodes(training, [tmp_path / "one", tmp_path / "two"], *SHARDED, hidden=tmp_path / "one")
+    results = [training.finish(node) for node in nodes]
+    assert all(result.status for result in results)
+    assert re.search(r"error: hydra\.run\.dir=.*/one/outputs/tiny: rank 1 has no such folder", results[0].output)
+    assert not list(tmp_path.rglob("step_*"))
+    assert not list(tmp_path.rglob(".shared_*"))
+
+
 class Malicious:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("executed"),)
@@ -137,8 +155,18 @@ def test_invariant_9_reading_the_metadata_executes_nothing_and_reads_nothing_els
     files = {name: FileEntry(1, "") for name in ("state.pt", METADATA_NAME, piece.name)}
     (tmp_path / "manifest.json").write_text(Manifest(1, 0, files).to_json())
     with pytest.raises(CorruptCheckpoint):
-        with_pieces(tmp_path, {"weight": torch.empty(2, device="meta")})
+        Pieces(tmp_path).read(("weight",), torch.empty(2, device="meta"))
     assert not Path("executed").exists()
+
+
+def test_invariant_5_a_checkpoint_of_which_pieces_are_missing_is_damaged(undisturbed: Path) -> None:
+    path = undisturbed / "checkpoints" / LAST
+    state = open_checkpoint(path)[1]["model_state_dict"]
+    name, outline = next((name, tensor) for name, tensor in state.items() if tensor.is_meta)
+    Pieces(path).check({"model_state_dict": {name: outline}})
+    for other in ({"another": outline}, {name: torch.empty(1, device="meta")}):
+        with pytest.raises(CorruptCheckpoint, match="has no model_state_dict"):
+            Pieces(path).check({"model_state_dict": other})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), MemoryError()])

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from src.checkpoint.__main__ import main
 from src.result import read_failure, read_result
 from src.study import queue_lost_trials
-from tests.conftest import LONG, TINY, Result, Training
+from tests.conftest import LONG, TINY, Result, Training, children_of
 from tests.test_resume import differences, state
 
 Train = Callable[..., Result]
@@ -197,8 +197,7 @@ def test_twenty_jobs_killed_five_times_end_like_twenty_left_alone(training: Trai
 
 def workers_of(process: int) -> list[Path]:
     """In /proc."""
-    children = "".join(path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children"))
-    processes = [Path("/proc", child) for child in children.split()]
+    processes = [Path(f"/proc/{child}") for child in children_of(process)]
     return [path for path in processes if b"LokyProcess" in (path / "cmdline").read_bytes()]
 
 

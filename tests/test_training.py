@@ -5,6 +5,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import LAST, LONG, TINY, Result, Training
+from tests.conftest import LAST, LONG, TINY, Result, Training, children_of
 from tests.test_catalog import DAMAGE
 from tests.test_resume import RUN, differences, state
 
@@ -171,6 +172,31 @@ def test_a_disk_that_fills_up_while_training_costs_no_checkpoint(training: Train
     process = training.start(*command)
     wait_for(lambda: newest_step(run / "checkpoints") > stopped_at, process)
     assert not list((run / "checkpoints").glob("*.corrupt"))
+
+
+def test_a_process_that_loads_data_and_is_killed_ends_the_run_which_goes_on(
+    training: Training, uninterrupted: Path
+) -> None:
+    """What the system does when memory runs out."""
+    process = training.start(*LONG, "trainer.workers=1")
+    wait_for(lambda: newest_step(training.checkpoints) > 0, process)
+    os.kill(loader_of(process.pid), signal.SIGKILL)
+    result = training.finish(process)
+    assert result.status == 1
+    assert re.search(r"^error: a process that loads data has died: .*same command", result.output, re.MULTILINE)
+    assert "Traceback" not in result.output
+    again = training.finish(training.start(*LONG))
+    assert again.status == 0, again.output
+    assert "resumed from" in again.output
+    assert differences(final_state(uninterrupted), final_state(training.run)) == []
+
+
+def loader_of(process: int) -> int:
+    """The first process that this one's fork server has started."""
+    server = next(
+        child for child in children_of(process) if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    return min(children_of(server))
 
 
 def test_a_run_directory_that_vanishes_while_training_is_made_again(training: Training, uninterrupted: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any, Self
 
 from src.checkpoint.catalog import CORRUPT, OLD, RETIRED, Catalog
 from src.checkpoint.cost import CostMeter
-from src.checkpoint.manifest import Manifest
+from src.checkpoint.manifest import CorruptCheckpoint, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.remote import at_hand
-from src.checkpoint.resume import check_compatible, find_to_resume
+from src.checkpoint.resume import check_compatible, find_to_resume, reader_of
 from src.checkpoint.saver import Save, Saver
 from src.checkpoint.sharded import ShardedWriter
+from src.checkpoint.snapshot import OnTensor
 from src.checkpoint.weights import find_weights
 from src.distributed import ALONE, World
 from src.errors import CheckpointError, ConfigError
@@ -120,6 +121,8 @@ class Checkpointer:
         for key, value in (("resume", resume), ("init_from", init_from)):
             if not isinstance(value, str) and (key, value) != ("init_from", None):
                 raise ConfigError(key, value, "must be text: see the comment in conf/config.yaml")
+        if self._shards is not None:
+            self._shards.require_shared(self.catalog.directory)
         self.catalog.clear_leftovers()
         self._mirror.open()
         found = find_to_resume(self.catalog, resume, self._mirror) if resume != "never" else None
@@ -129,7 +132,10 @@ class Checkpointer:
             self._tell_others(False)
             return
         check_compatible(found.manifest, self._config, self._environment, self._world.size)
-        self._load(state, found.state)
+        try:
+            self._load(state, found.state, reader_of(found.path))
+        except (CorruptCheckpoint, OSError) as error:
+            raise CheckpointError(f"{found.path}: {error}") from error
         self._resumed_from = found.origin
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
@@ -219,9 +225,9 @@ class Checkpointer:
         """The newest checkpoint on the disk in which loss and weights are numbers."""
         return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
 
-    def _load(self, state: TrainState, saved: dict[str, Any] | None) -> None:
+    def _load(self, state: TrainState, saved: dict[str, Any] | None, read: OnTensor = lambda _, tensor: tensor) -> None:
         """Have all ranks become what rank 0 has found: all of a state, weights alone, or nothing."""
-        saved = self._world.spread(saved, state.own_part())
+        saved = self._world.spread(saved, read, state.own_part())
         if saved is not None and "global_step" in saved:
             state.load_state_dict(saved)
         elif saved is not None:

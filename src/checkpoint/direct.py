@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from awscrt.checksums import crc64nvme
 
 from src.checkpoint.checksum import format_checksum
@@ -26,6 +27,11 @@ _BLOCK = 2 * 1024 * 1024  # bytes per write: enough for a disk to reach its spee
 _BLOCKS = 3
 _PAGE = mmap.PAGESIZE  # bytes: of which O_DIRECT wants whole numbers
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
+
+Block = npt.NDArray[np.uint8]
+
+_spare: list[Block] = []
+"""Blocks of files that are closed. New ones cost a page fault per page, in all a tenth of a save of 140 MB."""
 
 
 class DirectFile(io.RawIOBase):
@@ -44,12 +50,11 @@ class DirectFile(io.RawIOBase):
             if error.errno != errno.EINVAL:
                 raise
             self._descriptor = os.open(path, flags, 0o666)
-        # Mapped, because O_DIRECT wants the address of what it writes to be that of a page.
-        self._free = [np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8) for _ in range(_BLOCKS)]
-        self._block = self._free.pop()
+        self._blocks = [_a_block() for _ in range(_BLOCKS)]
+        self._block, *self._free = self._blocks
         self._filled = 0
         self._disk = ThreadPoolExecutor(1, "checkpoint-disk")  # as low in priority as the thread that calls
-        self._writing: deque[tuple[Future[None], np.ndarray]] = deque()
+        self._writing: deque[tuple[Future[None], Block]] = deque()
         self._crc = 0
         self._size = 0
 
@@ -100,6 +105,7 @@ class DirectFile(io.RawIOBase):
         if not self.closed:
             super().close()  # first, so that the descriptor, which may be another file's by then, is never closed twice
             self._disk.shutdown(wait=True)
+            _spare.extend(self._blocks)
             os.close(self._descriptor)
 
     def _write_block(self) -> None:
@@ -130,3 +136,11 @@ class DirectFile(io.RawIOBase):
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
         return bool(flags & _O_DIRECT)
+
+
+def _a_block() -> Block:
+    try:
+        return _spare.pop()
+    except IndexError:
+        # Mapped, because O_DIRECT wants the address of what it writes to be that of a page.
+        return np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8)

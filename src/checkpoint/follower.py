@@ -74,6 +74,7 @@ class ShardFollower(Follower):
 
     def restore(self, state: TrainState, resume: str, init_from: str | None) -> None:
         """Become what rank 0 has found, and take part in saving it, if it is another run's."""
+        self._pieces.require_shared(None)
         super().restore(state, resume, init_from)
         self._save_while_told(state)
 

@@ -4,17 +4,21 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
 from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.remote import at_hand, is_url
-from src.checkpoint.snapshot import tensors_by_path
+from src.checkpoint.snapshot import OnTensor, TensorPath, map_tensors_by_path, tensors_by_path
 from src.errors import CheckpointError, ConfigError
 from src.run import config_drift
+
+if TYPE_CHECKING:
+    from src.checkpoint.sharded import Pieces
 
 log = logging.getLogger(__name__)
 
@@ -63,19 +67,51 @@ def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
         CorruptCheckpoint: it is not what was saved.
         OSError: the disk cannot be read just now.
     """
+    manifest, state = open_checkpoint(path)
+    return manifest, map_tensors_by_path(state, reader_of(path))
+
+
+def open_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    """Verify a checkpoint byte for byte. Its tensors are for `reader_of` to read.
+
+    Raises:
+        CorruptCheckpoint: it is not what was saved.
+        OSError: the disk cannot be read just now.
+    """
     manifest = verify(path)
     state = load_file(path / STATE_NAME)
     if not isinstance(state, dict) or state.get("global_step") != manifest.global_step:
         raise CorruptCheckpoint(f"{STATE_NAME} is not the state of step {manifest.global_step}")
     if any(tensor.is_meta for tensor in tensors_by_path(state).values()):
-        from src.checkpoint.sharded import with_pieces  # imported here: it takes a second that others need not pay
-
-        state = with_pieces(path, state)
+        _pieces_of(path).check(state)
     return manifest, state
 
 
+def reader_of(path: Path) -> OnTensor:
+    """Reads the tensors of an opened checkpoint: of a sharded one it puts them together, one by one, in host memory.
+
+    What it returns raises CorruptCheckpoint, OSError, or MemoryError.
+    """
+    pieces = None
+
+    def read(place: TensorPath, tensor: Tensor) -> Tensor:
+        nonlocal pieces
+        if not tensor.is_meta:
+            return tensor
+        pieces = pieces or _pieces_of(path)
+        return pieces.read(place, tensor)
+
+    return read
+
+
+def _pieces_of(path: Path) -> "Pieces":
+    from src.checkpoint.sharded import Pieces  # imported here: it takes a second that others need not pay
+
+    return Pieces(path)
+
+
 def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Manifest, dict[str, Any]] | None:
-    """The newest checkpoint that verifies and loads, here or in the mirror; None if there never was one.
+    """The newest checkpoint that verifies and opens, here or in the mirror; None if there never was one.
 
     One that is in the mirror only is fetched, and from then on one like any other. Damaged ones above are set aside
     (renamed, kept) and reported. A disk or a bucket that cannot be read is no damage: nothing is set aside for it.
@@ -91,7 +127,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
         try:
             if step in local:
                 try:
-                    found = (path, *load_checkpoint(path))
+                    found = (path, *open_checkpoint(path))
                 except CorruptCheckpoint as error:
                     damaged[path] = str(error)
                     reasons.append(f"{path.name}: {error}")
@@ -111,7 +147,7 @@ def newest_good(catalog: Catalog, mirror: Mirror = NO_MIRROR) -> tuple[Path, Man
                         catalog.retire_above(retire_above)
                     path = catalog.adopt(fetched)
                     try:
-                        return (path, *load_checkpoint(path))
+                        return (path, *open_checkpoint(path))
                     except CorruptCheckpoint as error:  # it was saved like that
                         damaged[path] = str(error)
                         reasons.append(f"{path.name}: {error}")
@@ -213,7 +249,8 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
     with at_hand("resume", place, mirror.connect, catalog.directory) as path:
         source = checkpoint_at("resume", path).resolve()
         try:
-            manifest, state = load_checkpoint(source)
+            # What was downloaded is gone when this is left.
+            manifest, state = (load_checkpoint if is_url(place) else open_checkpoint)(source)
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"resume={place}: {error}") from error
         is_own = source.parent == catalog.directory.resolve()

@@ -8,7 +8,9 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ from src.checkpoint.checksum import entry_of
 from src.checkpoint.manifest import MANIFEST_NAME, NOT_THERE, CorruptCheckpoint, FileEntry, read_manifest
 from src.checkpoint.snapshot import TensorPath, map_tensors_by_path, tensors_by_path
 from src.distributed import TIMEOUT
+from src.errors import ConfigError
 
 METADATA_NAME = ".metadata"
 _SUFFIX = ".distcp"
@@ -81,6 +84,34 @@ class ShardedWriter:
             if reason is not None:
                 raise OtherRankFailed(f"rank {rank}: {reason}")
         return [value for value, _ in answers]
+
+    def require_shared(self, folder: Path | None) -> None:
+        """See that all ranks write where rank 0 does, before there is something to write.
+
+        Args:
+            folder: On rank 0, where checkpoints will be.
+
+        Raises:
+            ConfigError: a rank is on a machine that has not this folder.
+        """
+        with ExitStack() as stack:
+
+            def mark() -> Path | None:
+                if folder is None:
+                    return None
+                folder.mkdir(parents=True, exist_ok=True)
+                return Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".shared_")).name)
+
+            marker = self.together(mark)[0]
+            assert marker is not None
+            blind = [str(rank) for rank, sees in enumerate(self.together(marker.exists)) if not sees]
+        if blind:
+            raise ConfigError(
+                "hydra.run.dir",
+                marker.parent.parent,
+                f"rank {', '.join(blind)} has no such folder, or another one of that name: trainer=fsdp needs a run "
+                "directory on a disk that all nodes share. Choose one, or trainer=ddp",
+            )
 
     def write(
         self, folder: Path, outline: Outline, host_state: Any, finite: Callable[[], bool]
@@ -136,33 +167,51 @@ def outline_of(state: Any) -> Outline:
     return {path: tensor for path, tensor in tensors_by_path(state).items() if isinstance(tensor, DTensor)}
 
 
-def with_pieces(folder: Path, state: Any) -> Any:
-    """The state of a sharded checkpoint with all tensors whole, in host memory; of any other, itself.
+class Pieces:
+    """The pieces of a sharded checkpoint, which are put together one tensor at a time."""
 
-    Raises:
-        CorruptCheckpoint: it is not what was saved.
-    """
-    missing = {_name(path): tensor for path, tensor in tensors_by_path(state).items() if tensor.is_meta}
-    if not missing:
-        return state
-    try:
-        pieces = {name: torch.empty_like(tensor, device="cpu") for name, tensor in missing.items()}
-    except RuntimeError as error:  # torch's way to say it
-        raise MemoryError(f"no room for the whole state: {error}") from error
-    reader = _Reader(folder)
-    reader.read_metadata()  # first, for torch would log what is wrong with it at length
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(pieces, storage_reader=reader, planner=_Planner(), no_dist=True)
-    except CheckpointException as error:
-        cause = _cause_of(error)
-        if isinstance(cause, MemoryError) or not isinstance(cause, Exception):
-            raise cause from error
-        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, NOT_THERE):
-            raise cause from error
-        raise CorruptCheckpoint(f"the pieces cannot be put together ({' '.join(str(cause).split())[:300]})") from error
-    return map_tensors_by_path(state, lambda path, tensor: pieces.get(_name(path), tensor))
+    def __init__(self, folder: Path) -> None:
+        self._reader = _Reader(folder)
+
+    def check(self, state: Any) -> None:
+        """See whether all of the state is there.
+
+        Args:
+            state: As in `state.pt`, with an outline of what is in pieces.
+
+        Raises:
+            CorruptCheckpoint: it is not what was saved.
+        """
+        known = self._reader.read_metadata().state_dict_metadata
+        for path, tensor in tensors_by_path(state).items():
+            if tensor.is_meta and getattr(known.get(_name(path)), "size", None) != tensor.shape:
+                raise CorruptCheckpoint(f"{METADATA_NAME} has no {_name(path)} of shape {tuple(tensor.shape)}")
+
+    def read(self, path: TensorPath, tensor: Tensor) -> Tensor:
+        """The whole tensor, in host memory, of which `tensor` is the outline.
+
+        Raises:
+            CorruptCheckpoint: it is not what was saved.
+            MemoryError: there is no room for it.
+        """
+        try:
+            whole = torch.empty_like(tensor, device="cpu")
+        except RuntimeError as error:  # torch's way to say it
+            raise MemoryError(f"no room for {_name(path)}: {error}") from error
+        self._reader.read_metadata()  # first, for torch would log what is wrong with it at length
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load({_name(path): whole}, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        except CheckpointException as error:
+            cause = _cause_of(error)
+            if isinstance(cause, MemoryError) or not isinstance(cause, Exception):
+                raise cause from error
+            if isinstance(cause, OSError) and cause.errno and not isinstance(cause, NOT_THERE):
+                raise cause from error
+            reason = " ".join(str(cause).split())[:300]
+            raise CorruptCheckpoint(f"the pieces of {_name(path)} cannot be put together ({reason})") from error
+        return whole
 
 
 def _name(path: TensorPath) -> str:
@@ -191,9 +240,15 @@ class _Reader(FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
         self._folder = folder
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata, in which nothing is executed, and which names only files that the manifest has the sums of."""
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
         known = read_manifest(self._folder / MANIFEST_NAME).files
         try:
             metadata = _Unpickler(io.BytesIO((self._folder / METADATA_NAME).read_bytes())).load()

@@ -27,6 +27,9 @@ Copies = tuple[list[Tensor], list[Tensor]]
 TensorPath = tuple[str | int, ...]
 """Where in a state a tensor is: keys of dicts, indices of lists."""
 
+OnTensor = Callable[[TensorPath, Tensor], Tensor]
+"""What to make of a tensor at a place in a state."""
+
 Storages = dict[int, tuple[UntypedStorage, Tensor]]
 """The storages of a state by address, each with the first tensor on it."""
 
@@ -66,6 +69,8 @@ class Snapshot:
             The state, with tensors in host memory that are valid until the next snapshot is taken.
         """
         stream = self._owner.stream
+        if stream is not None:
+            torch.cuda.set_device(stream.device)  # a thread begins on GPU 0, where every rank would take up memory
         try:
             if stream is None:
                 _copy(self._rest)
@@ -246,7 +251,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def map_tensors_by_path(value: Any, change: Callable[[TensorPath, Tensor], Any]) -> Any:
+def map_tensors_by_path(value: Any, change: OnTensor) -> Any:
     """As `map_tensors`, for a `change` that goes by where a tensor is."""
     paths = _tensor_paths(value)  # in the same order
     return map_tensors(value, lambda tensor: change(next(paths), tensor))

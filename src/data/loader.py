@@ -12,17 +12,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from src.errors import WorkerLost
 from src.preemption import STOP_SIGNALS
 from src.rng import cpu_rng_preserved, derive_seed, seed_cpu
 
 Key = tuple[int, int]  # epoch, index of the sample in the data set; ~index of one that only fills a place
+_DYING = 1.0  # seconds within which the end of a process is known, once its connection is closed
 _NO_LABEL = -100  # what torch's cross_entropy leaves out
 
 _lifelines: WeakSet[Connection] = WeakSet()
@@ -111,6 +114,7 @@ class ResumableLoader:
         """
         self.size = size
         self._sampler = EpochSampler(size, batch_size, seed, shuffle, rank, world_size)
+        self._workers: set[BaseProcess] = set()
         worker_options: dict[str, Any] = {}
         if workers > 0:
             # Not forked from this process: it has threads, perhaps a CUDA context, and holds the run's lock.
@@ -134,9 +138,25 @@ class ResumableLoader:
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, in that epoch's order, without its first `start` samples."""
+        """The batches of an epoch, in that epoch's order, without its first `start` samples.
+
+        Raises:
+            WorkerLost: a process that loads has ended by itself.
+        """
         self._sampler.epoch, self._sampler.start = epoch, start
-        yield from self._loader  # a generator also keeps this object, and with it the lifeline, alive
+        others = set(multiprocessing.active_children())
+        batches = iter(self._loader)  # in the first epoch this starts them
+        self._workers |= set(multiprocessing.active_children()) - others
+        try:
+            yield from batches  # a generator also keeps this object, and with it the lifeline, alive
+        except (RuntimeError, OSError, EOFError) as error:
+            # What it is depends on what the worker was just doing.
+            if not wait([worker.sentinel for worker in self._workers], timeout=_DYING):
+                raise
+            raise WorkerLost(
+                "a process that loads data has died: most often the system kills one because memory ran out. Run the "
+                "same command again to go on, perhaps with fewer of them (trainer.workers)"
+            ) from error
 
 
 def _start_worker(lifeline: Connection, _worker_id: int) -> None:
