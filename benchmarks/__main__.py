@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import durable, growth, in_flight, mirror, restore, scaling, stall, training
+from benchmarks import durable, growth, in_flight, mirror, restore, scaling, stall, stop, training
 from benchmarks.clock import require_device
 from benchmarks.report import report
 from benchmarks.results import Result, describe_machine, record
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Result]] = {
     "restore": restore.run,
     "growth": growth.run,
     "mirror": mirror.run,
+    "stop": stop.run,
     "scaling": scaling.run,
 }
 ON_CUDA = ("stall", "training")

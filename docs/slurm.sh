@@ -9,7 +9,9 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120      # two minutes before the time is up, to this script
 
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not take over by itself
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not take over by itself
+fi
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Out of time: have all ranks save and stop, and go on in another turn.
@@ -21,8 +23,9 @@ srun --kill-on-bad-exit=1 python -m torch.distributed.run \
     train.py "$@" &
 
 wait $!; status=$?
-if [ -n "$again" ]; then
-    wait  # a signal ends the first wait at once
+wait  # a signal ends the first wait at once
+# A preempted job that has saved and ended before its grace is over counts as done for Slurm.
+if [ -n "$again" ] || scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from src.checkpoint.snapshot import OnTensor, TensorPath, is_dense, map_tensors, map_tensors_by_path
-from src.errors import DivergedError, HoldfastError, PeerLost
+from src.errors import DivergedError, HoldfastError, PeerLost, WorkerLost
 
 TIMEOUT = timedelta(hours=1)
 """For how long a rank waits for others: rank 0 may have a large checkpoint to fetch, any of them a piece to write."""
@@ -190,7 +190,8 @@ def join() -> Iterator[World]:
             raise
         # One that all ranks run into at the same step leaves rank 0 some uploading to do.
         patience = TIMEOUT if isinstance(error, DivergedError) else _PATIENCE
-        if isinstance(error, HoldfastError) and ranks.is_main:
+        mended_by_a_restart = isinstance(error, WorkerLost)
+        if isinstance(error, HoldfastError) and not mended_by_a_restart and ranks.is_main:
             ranks.end_for_good()
             _say_goodbye(error.exit_code)
         elif (code := _goodbye_of_rank_0(patience)) is not None:

@@ -23,7 +23,8 @@ from src.run import flatten
 from src.worker import in_sweep, is_worker, sweep_is_over
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+_TRACEBACKS = "HOLDFAST_TRACEBACKS"
+"""Environment variable: HYDRA_FULL_ERROR as the user has set it, for the jobs of a sweep, too."""
 
 
 def build(group: str, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +124,7 @@ def one_line_errors() -> Iterator[None]:
     is an error like any other.
     """
     logging.raiseExceptions = False  # a log file on a full disk must not bury the message in tracebacks
+    os.environ.setdefault(_TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us the exception instead of printing it
     try:
         if reason := sweep_is_over():
@@ -141,7 +143,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         in_job = HydraConfig.initialized()
         known = not in_job or isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
-        if _WANTS_TRACEBACK or not known:
+        if os.environ[_TRACEBACKS] != "0" or not known:
             traceback.print_exc()
         if in_sweep():
             raise

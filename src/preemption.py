@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self, TypeVar
@@ -32,19 +32,29 @@ class Interrupted(BaseException):
 class Stopped(BaseException):
     """Training has ended early, after a save, because it was asked to. No error, so no Exception."""
 
-    def __init__(self, signal_number: int, reason: str, global_step: int) -> None:
+    def __init__(self, signal_number: int, reason: str, global_step: int, signals: Sequence[int] = ()) -> None:
+        """
+        Args:
+            signals: All that came, the first one first.
+        """
         super().__init__(
             f"stopped by {reason} after step {global_step}, which is saved; run the same command again to go on"
         )
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+        self._signals = signals
 
     def hand_on(self) -> None:
-        """Raise the signal again for whoever handled it before training began: a scheduler's handler that queues the
+        """Raise the signals again for whoever handled them before training began: a scheduler's handler that queues the
         job anew, say. Python's own handlers would only end the process, which its caller does anyway."""
-        handler = signal.getsignal(self.signal_number)
-        if callable(handler) and handler is not signal.default_int_handler:
-            signal.raise_signal(self.signal_number)
+        for number in self._signals:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not signal.default_int_handler:
+                signal.raise_signal(number)
+        if self.signal_number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            # So begins the grace of a job that is preempted. One that ends by itself in it is not queued anew; one that
+            # waits until Slurm ends it is, or is told by another signal to see to that itself.
+            signal.pause()
 
 
 class Stop:
@@ -73,6 +83,8 @@ class Stop:
         self.reason = ""
         self._grace = grace
         self._world = world
+        self.signals: list[int] = []
+        """The numbers of all that came, each once."""
         self._deadline = float("inf")
         self._may_leave = False
         self._out_of_the_loop = threading.Event()
@@ -187,6 +199,8 @@ class Stop:
             raise Interrupted
 
     def _note(self, number: int) -> None:
+        if number not in self.signals:
+            self.signals.append(number)
         if self.requested is None:
             self._deadline = time.monotonic() + self._grace
             self.reason = self.reason or signal.Signals(number).name

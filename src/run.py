@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import math
 import os
 import re
 import socket
@@ -53,6 +54,7 @@ them is compared by itself, as `data_set`)."""
 _NAME_LIMIT = 120  # characters; file systems allow 255, and tools add to it
 _LOCK_PATIENCE = 3.0  # seconds: a process that was just killed takes a moment to let go
 _SWEEP_LOCK_PATIENCE = 90.0  # and the workers of a sweep that was killed save what they are at
+_SUBMITIT = "SUBMITIT_EXECUTOR"  # environment variable of jobs that outlive the sweep they come from
 
 
 def is_neutral(key: str, neutral: Sequence[str] = RESULT_NEUTRAL) -> bool:
@@ -194,8 +196,11 @@ def name_of(directory: Path, start: Path) -> str:
 
 
 def _acquire(file: IO[str], directory: Path) -> None:
-    patience = _SWEEP_LOCK_PATIENCE if in_sweep() else _LOCK_PATIENCE
-    deadline = time.monotonic() + patience
+    patience = _LOCK_PATIENCE
+    if in_sweep():
+        patience = math.inf if _SUBMITIT in os.environ else _SWEEP_LOCK_PATIENCE
+    started = time.monotonic()
+    deadline = started + patience
     said = False
     while True:
         try:
@@ -208,8 +213,8 @@ def _acquire(file: IO[str], directory: Path) -> None:
                     f"{directory} is being written by {file.read() or 'another process'}; wait for it or stop it, "
                     "or give this run a directory of its own with run=NAME"
                 ) from None
-            if not said and time.monotonic() > deadline - patience + _LOCK_PATIENCE:
-                log.info("waiting up to %g s for another process to let go of %s", patience, directory)
+            if not said and time.monotonic() > started + _LOCK_PATIENCE:
+                log.info("waiting for another process to let go of %s", directory)
                 said = True
             time.sleep(0.1)
         except OSError as error:

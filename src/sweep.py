@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -41,10 +42,13 @@ class Sweep(Callback):
         # A launcher may start its processes anywhere: they find the code as this one does.
         path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        os.environ[SWEEP] = f"{os.getpid()}-{uuid.uuid4().hex}"
+        self.name = os.environ[SWEEP] = f"{os.getpid()}-{uuid.uuid4().hex}"
         self.stopping = False
+        self.shown: list[Failure] | None = None
+        self.swept = tuple(f"{override.get_key_element()}=" for override in _swept(config))
         self.directory = Path(config.hydra.sweep.dir).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
+        atexit.register(self._show_failures)  # launcher or sweeper may give up before the end
         if config.hydra.launcher._target_.endswith(".JoblibLauncher"):  # others have no workers that live with it
             with read_write(config):
                 # Else jobs that are done already teach it to hand out several at a time, for one worker after all.
@@ -63,30 +67,40 @@ class Sweep(Callback):
         """In the job's process. A failure is not left to Hydra, which would raise the first and forget the others."""
         if is_worker():
             leave_job()
-        if not in_sweep() or job_return.status is not JobStatus.FAILED:
+        if not in_sweep():
+            return
+        if job_return.status is not JobStatus.FAILED:
+            if isinstance(job_return.return_value, float) and math.isnan(job_return.return_value):
+                job_return.return_value = None  # for which Optuna's sweeper has a way
             return
         error = job_return._return_value
-        job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         text = describe(error)
         if sweep_is_over():
             log.info(text)
-            return
-        log.error("this job has failed: %s", text)
-        job = [str(override) for override in config.hydra.overrides.task]
-        failure = Failure(os.environ[SWEEP], job, text, getattr(error, "exit_code", 1))
-        write_failure(Path(config.hydra.runtime.output_dir), failure)
+        else:
+            log.error("this job has failed: %s", text)
+            job = [str(override) for override in config.hydra.overrides.task]
+            failure = Failure(os.environ[SWEEP], job, text, getattr(error, "exit_code", 1))
+            write_failure(Path(config.hydra.runtime.output_dir), failure)
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, None  # if there is a note of it
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """After the last job. Ends the program if one has failed."""
+        if failures := self._show_failures():
+            sys.exit(failures[0].exit_code)
+
+    def _show_failures(self) -> list[Failure]:
+        if self.shown is not None:
+            return self.shown
         noted = [read_failure(path.parent) for path in sorted(self.directory.rglob(FAILURE_NAME))]
-        failures = [failure for failure in noted if failure is not None and failure.sweep == os.environ[SWEEP]]
-        swept = tuple(f"{override.get_key_element()}=" for override in _swept(config))
+        failures = [failure for failure in noted if failure is not None and failure.sweep == self.name]
+        self.shown = failures
         for failure in failures:
-            job = " ".join(override for override in failure.job if override.startswith(swept))
+            job = " ".join(override for override in failure.job if override.startswith(self.swept))
             print(f"failed: {job}: {failure.error}", file=sys.stderr)
         if failures:
             print(f"jobs that failed: {len(failures)}; the same command tries only these again", file=sys.stderr)
-            sys.exit(failures[0].exit_code)
+        return failures
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Wait, if asked once, until no worker trains any more. That the program ends has the launcher kill them."""

@@ -4,17 +4,15 @@ import logging
 import math
 import os
 import platform
-import re
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from src.checkpoint.checkpointer import Checkpointer
@@ -23,6 +21,7 @@ from src.data.datasets import Data
 from src.data.loader import ResumableLoader
 from src.distributed import ALONE, World
 from src.errors import ConfigError, DivergedError, require_choice, require_int, require_number
+from src.placement import device_of_rank, find_device, in_step_with_others, only_here
 from src.preemption import Interrupted, Stop, Stopped
 from src.rng import derive_seed, seed_everything
 from src.sharding import shard, whole
@@ -94,7 +93,7 @@ class Trainer:
         require_number("trainer.grace", grace, "seconds from a request to stop", at_least=0)
         self.epochs = epochs
         self.seed = seed
-        self.device = _find_device(device)
+        self.device = find_device(device)
         self.strategy = strategy
         self.precision = _PRECISIONS[precision]
         self.accumulate = accumulate
@@ -139,14 +138,7 @@ class Trainer:
                 raise ConfigError("trainer.precision", "fp16", "does not go with trainer=fsdp; choose bf16")
             if self.compile:
                 raise ConfigError("trainer.compile", True, "does not go with trainer=fsdp; choose trainer=ddp")
-        if self.device.type == "cuda":
-            if ":" in str(self.device):
-                raise ConfigError("trainer.device", self.device, "is one GPU for all ranks; auto gives each its own")
-            if self.world.local_rank >= torch.cuda.device_count():
-                found = f"{torch.cuda.device_count()} GPUs found, for more processes than that"
-                raise ConfigError("trainer.device", self.device, f"{found}; start one per GPU: --nproc-per-node=gpu")
-            self.device = torch.device("cuda", self.world.local_rank)
-            torch.cuda.set_device(self.device)
+        self.device = device_of_rank(self.device, self.world)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Put the model on the device, in the memory layout. Call it before the optimizer is built."""
@@ -223,7 +215,7 @@ class Trainer:
         checkpointer.finish(state, stop.seconds_left)
         stop.settle()
         if stop.requested is not None:  # also if it came at the very end: there may be other runs to come
-            raise Stopped(stop.requested, stop.reason, state.global_step)
+            raise Stopped(stop.requested, stop.reason, state.global_step, stop.signals)
 
     def _train(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: Stop) -> None:
         """The loop.
@@ -235,7 +227,9 @@ class Trainer:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
             return
         model = self._compiled_if_asked(state.model)
-        trained = self._compiled_if_asked(self._in_step_with_others(state.model)) if self.world.size > 1 else model
+        trained = model
+        if self.world.size > 1 and not self.sharded:
+            trained = self._compiled_if_asked(in_step_with_others(state.model, self.device))
         optimizer, scaler = state.optimizer, state.scaler
         sums = torch.zeros_like(state.totals)
         train_batches, val_batches = self._loaders(data)
@@ -256,7 +250,7 @@ class Trainer:
                         zip(images.tensor_split(count), labels.tensor_split(count), strict=True), start=1
                     ):
                         x, y = self._to_device(x, y)
-                        with self._only_here(trained, number < count):
+                        with only_here(trained, number < count):
                             with self._autocast():
                                 logits = trained(x)
                                 loss = cross_entropy(logits, y, reduction="sum")
@@ -316,23 +310,6 @@ class Trainer:
     def _micro_batches(self, samples: int) -> int:
         """As many on each rank: with `fsdp` each brings the model together once more."""
         return min(self.accumulate, max(1, samples // self.world.size))
-
-    def _in_step_with_others(self, model: nn.Module) -> nn.Module:
-        if self.sharded:
-            return model
-        on_gpu = self.device.type == "cuda"
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if on_gpu else None,
-            gradient_as_bucket_view=True,
-            # Else it sorts its buckets anew after its first step, which a resumed run takes at another time than one
-            # that was not killed: with three ranks or more, sums in another order, and other last bits.
-            find_unused_parameters=True,
-        )
-
-    def _only_here(self, model: Any, more_to_come: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients go to the other ranks with the last one only."""
-        return model.no_sync() if more_to_come and self.world.size > 1 and not self.sharded else nullcontext()
 
     def _draw_numbers_of_its_own(self, state: TrainState) -> None:
         """Have dropout differ between ranks. Those of rank 0 go on from where they were, as with one process, and
@@ -420,15 +397,3 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
-
-
-def _find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(name))
-    if not match:
-        raise ConfigError("trainer.device", name, "must be auto, cpu, cuda, or cuda:N")
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name != "cpu" and int(match[1] or 0) >= present:
-        raise ConfigError("trainer.device", name, f"is not there ({present} GPUs found); use auto or cpu")
-    return torch.device(name)

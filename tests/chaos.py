@@ -114,7 +114,7 @@ class Chaos:
         reached = max([0, *Catalog(self.training.checkpoints).by_step(), *steps_there(self.store, _BUCKET)])
         self.epochs = reached // _STEPS_PER_EPOCH + 2
         process = self.start()
-        process.wait()
+        process.wait(timeout=600)
         self.note_life(process.returncode, expected=(0,))
         whole = self.training.finish(self.training.start(*self.command, f"trainer.epochs={self.epochs}", "run=whole"))
         assert whole.status == 0, whole.output
@@ -224,7 +224,10 @@ class Chaos:
 
     def until(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
-        while process.poll() is None and not condition() and time.monotonic() < deadline:
+        while process.poll() is None and not condition():
+            if time.monotonic() >= deadline:
+                self.report.unexpected.append("--- it hangs: neither ended nor came to what was waited for")
+                return
             time.sleep(0.0005)
 
     def until_commits(self, process: subprocess.Popen[str], count: int) -> None:
@@ -254,12 +257,13 @@ class Chaos:
 
     def look_at_the_newest(self) -> None:
         for path in Catalog(self.training.checkpoints).paths()[-1:]:
-            if path.name in self.damaged:  # the last life was killed before it came to look
-                return
             try:
                 verify(path)
             except CorruptCheckpoint as error:
-                self.report.unreadable.append(f"{path.name}: {error}")
+                if path.name not in self.damaged:  # else the last life was killed before it came to look
+                    self.report.unreadable.append(f"{path.name}: {error}")
+            else:
+                self.damaged.discard(path.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun", "squeue")
@@ -41,7 +42,10 @@ SwitchType=switch/none
 JobRequeue=1
 KillWait=10
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -75,6 +79,8 @@ class Cluster:
 
     def __exit__(self, *exception: object) -> None:
         subprocess.run(["scancel", "--user=root", "--full"], env=self.environment, capture_output=True)
+        with suppress(AssertionError):
+            self.wait_for(lambda: not self.call("squeue", "--noheader"), "the end of all jobs")
         for daemon in reversed(self._daemons):
             daemon.kill()
             daemon.wait()

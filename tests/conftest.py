@@ -175,7 +175,8 @@ def train(
 ) -> Iterator[Callable[..., Result]]:
     """Runs train.py in this process, which saves the start-up time, with its outputs/ in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back after one_line_errors has set it
+    for name in ("HYDRA_FULL_ERROR", "HOLDFAST_TRACEBACKS"):
+        monkeypatch.setenv(name, "0")  # so that they are put back after one_line_errors has set them
     deterministic = torch.are_deterministic_algorithms_enabled()
     returned: list[float] = []
 

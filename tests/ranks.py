@@ -36,7 +36,7 @@ def torchrun(
     """
 
     def hide() -> None:
-        ctypes.CDLL(None).unshare(_MOUNTS_OF_ITS_OWN)
+        assert ctypes.CDLL(None).unshare(_MOUNTS_OF_ITS_OWN) == 0
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(hidden)], check=True)
 

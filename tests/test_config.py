@@ -219,7 +219,8 @@ def test_a_value_that_only_the_target_can_judge_is_a_one_line_error(train: Train
 
 
 def test_a_traceback_is_there_for_those_who_ask(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.launch._WANTS_TRACEBACK", True)
+    monkeypatch.delenv("HOLDFAST_TRACEBACKS")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     output = train("checkpoint.every=0").output
     assert "Traceback" in output
     assert "error: checkpoint.every=0" in output

@@ -190,8 +190,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_slurm_takes_the_job_back_when_its_time_is_up_and_it_goes_on(
-    training: Training, undisturbed: Path, cluster: Cluster
+@pytest.mark.parametrize("why", ["its time is up", "another is urgent"])
+def test_slurm_takes_a_job_back_and_it_goes_on(
+    training: Training, undisturbed: Path, cluster: Cluster, why: str
 ) -> None:
     script = ["sbatch", "--parsable", "--nodes=1", "--cpus-per-task=2", f"--output={training.directory}/log"]
     command = ["docs/slurm.sh", *RANKS, f"hydra.run.dir={training.run}"]
@@ -199,7 +200,10 @@ def test_slurm_takes_the_job_back_when_its_time_is_up_and_it_goes_on(
         *script, *command, cwd=str(REPOSITORY), RANKS_PER_NODE="2", RENDEZVOUS_PORT=str(free_port())
     ).strip()
     cluster.wait_for(lambda: newest_step(training.checkpoints) >= 20, "step 20")
-    cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal has it be sent before the end
+    if why == "its time is up":
+        cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal has it be sent before the end
+    else:
+        cluster.call("sbatch", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true")
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the requeue")
     log = (training.directory / "log").read_text()
     assert re.search(r"^stopped by SIGTERM after step \d+, which is saved", log, re.MULTILINE), log
@@ -209,3 +213,31 @@ def test_slurm_takes_the_job_back_when_its_time_is_up_and_it_goes_on(
     assert cluster.state(job) == "COMPLETED", log
     assert "resumed from" in log
     assert differences(final_state(undisturbed), final_state(training.run)) == []
+
+
+def test_slurm_takes_a_job_of_a_sweep_back_too(
+    training: Training, uninterrupted: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    sweep = training.directory / "outputs/sweeps/tiny"
+    process = training.start("-m", *LONG, "trainer.seed=0,1", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1")
+
+    def first() -> Path | None:
+        overrides = sweep.glob("*/.hydra/overrides.yaml")
+        return next((path.parent.parent for path in overrides if "trainer.seed=0" in path.read_text()), None)
+
+    training.wait_until(process, lambda: (run := first()) is not None and newest_step(run / "checkpoints") > 0)
+    jobs = cluster.call("squeue", "--noheader", "--array", "--format=%F_%K").split()
+    job = next(job for job in jobs if job.endswith("_0"))
+    cluster.call("scancel", "--signal=USR2", job)  # as Slurm does before the end
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the requeue")
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")  # it would wait for two minutes
+    result = training.finish(process)
+    assert result.status == 0, result.output
+    said = "".join(path.read_text() for path in sweep.rglob("*_log.*"))
+    assert "stopped by SIGUSR2 after step" in said
+    assert "resumed from" in said
+    run = first()
+    assert run is not None
+    assert differences(final_state(uninterrupted), final_state(run)) == []

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from src.data.loader import EpochSampler, ResumableLoader
+from src.errors import WorkerLost
 from tests.conftest import REPOSITORY
 
 
@@ -130,6 +131,43 @@ def test_workers_ignore_the_signals_that_the_main_process_decides_about() -> Non
             assert child.pid is not None
             os.kill(child.pid, number)
     assert len(samples(batches)) == 42
+
+
+def test_nor_does_the_server_that_they_are_forked_from_end(tmp_path: Path) -> None:
+    """torchrun and Slurm send SIGTERM to all processes, and the last step still needs its batch."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from multiprocessing import forkserver\n"
+        "from src.preemption import STOP_SIGNALS\n"
+        "from tests.test_loader import loader, samples\n"
+        "if __name__ == '__main__':\n"
+        "    loading = loader(workers=1)\n"
+        "    for epoch in range(2):\n"
+        "        batches = loading.epoch(epoch)\n"
+        "        next(batches)\n"
+        "        for number in STOP_SIGNALS:\n"
+        "            os.kill(forkserver._forkserver._forkserver_pid, number)\n"
+        "        assert len(samples(batches)) == 42\n"
+        "    assert os.waitpid(forkserver._forkserver._forkserver_pid, os.WNOHANG) == (0, 0)\n"
+    )
+    subprocess.run([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_worker_that_dies_is_named(idle: bool) -> None:
+    others = set(multiprocessing.active_children())
+    loading = loader(workers=1)
+    batches = loading.epoch(0)
+    next(batches)
+    if idle:
+        samples(batches)
+        batches = loading.epoch(1)
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.kill()
+        worker.join()
+    with pytest.raises(WorkerLost, match=r"trainer\.workers"):
+        samples(batches)
 
 
 def is_alive(pid: int) -> bool:

@@ -202,7 +202,7 @@ def workers_of(process: int) -> list[Path]:
 
 
 def test_parallel_jobs_save_when_the_sweep_is_stopped_or_killed(training: Training, uninterrupted: Path) -> None:
-    command = ("-m", *LONG, "trainer.seed=0,1,2", "hydra/launcher=joblib")
+    command = ("-m", *LONG, "trainer.seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     sweep = training.directory / SWEEP
 
     def two_are_beyond(step: int) -> Callable[[], bool]:
@@ -237,6 +237,21 @@ def test_jobs_that_submitit_starts_are_runs_like_any_other(training: Training) -
     assert result.status == 2, result.output
     assert "jobs that failed: 1" in result.output
     assert done(training.directory / SWEEP) == 1
+    said = "".join(path.read_text() for path in training.directory.rglob("*_log.*"))
+    assert "optimizer.lr=-1" in said
+    assert "Traceback" not in said
+
+
+def test_jobs_that_outlive_their_sweep_are_waited_for(training: Training, uninterrupted: Path) -> None:
+    command = ("-m", *LONG, "trainer.seed=0", "hydra/launcher=submitit_local")
+    sweep = training.directory / SWEEP
+    process = training.start(*command)
+    training.kill_when(process, lambda: bool(steps(sweep)))
+    result = training.finish(training.start(*command))
+    assert result.status == 0, result.output
+    said = "".join(path.read_text() for path in training.directory.rglob("*_log.*"))
+    assert said.count("starting afresh") == 1
+    assert differences(state(104, job(sweep, "trainer.seed=0")), state(104, uninterrupted)) == []
 
 
 def test_a_signal_is_handed_on_to_the_handler_that_was_there_before(train: Train) -> None:

@@ -53,10 +53,10 @@ class DirectFile(io.RawIOBase):
         self._blocks = [_a_block() for _ in range(_BLOCKS)]
         self._block, *self._free = self._blocks
         self._filled = 0
-        self._disk = ThreadPoolExecutor(1, "checkpoint-disk")  # as low in priority as the thread that calls
         self._writing: deque[tuple[Future[None], Block]] = deque()
         self._crc = 0
         self._size = 0
+        self._disk = ThreadPoolExecutor(1, "checkpoint-disk")  # as low in priority as the thread that calls
 
     def writable(self) -> bool:
         """It is."""
@@ -143,4 +143,4 @@ def _a_block() -> Block:
         return _spare.pop()
     except IndexError:
         # Mapped, because O_DIRECT wants the address of what it writes to be that of a page.
-        return np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8)
+        return np.frombuffer(mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)

@@ -24,6 +24,6 @@ def _is_finite(tensor: Tensor) -> bool:
     try:
         array = tensor.numpy()
     except TypeError:  # a type that numpy has not, such as bfloat16
-        return all(math.isfinite(piece.sum()) for piece in tensor.reshape(-1).split(_PIECE))
+        return all(math.isfinite(piece.float().sum()) for piece in tensor.reshape(-1).split(_PIECE))
     with np.errstate(all="ignore"):
         return math.isfinite(np.add.reduce(array, axis=None, dtype=np.float64 if array.itemsize < 4 else None))

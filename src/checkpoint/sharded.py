@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from src.checkpoint.catalog import TEMPORARY_PREFIX
 from src.checkpoint.checksum import entry_of
 from src.checkpoint.manifest import MANIFEST_NAME, NOT_THERE, CorruptCheckpoint, FileEntry, read_manifest
 from src.checkpoint.snapshot import TensorPath, map_tensors_by_path, tensors_by_path
@@ -100,7 +101,9 @@ class ShardedWriter:
                 if folder is None:
                     return None
                 folder.mkdir(parents=True, exist_ok=True)
-                return Path(stack.enter_context(NamedTemporaryFile(dir=folder, prefix=".shared_")).name)
+                return Path(
+                    stack.enter_context(NamedTemporaryFile(dir=folder, prefix=f"{TEMPORARY_PREFIX}shared_")).name
+                )
 
             marker = self.together(mark)[0]
             assert marker is not None
@@ -145,7 +148,9 @@ class ShardedWriter:
         try:
             save(pieces, storage_writer=_Writer(str(folder)), process_group=self._group)
         except CheckpointException as error:
-            raise _cause_of(error) from error
+            if self._rank not in error.failures:
+                raise OtherRankFailed(f"rank {min(error.failures)}: {_cause_of(error)}") from error
+            raise _cause_of(error, self._rank) from error
 
         def report() -> Report:
             mine = [*folder.glob(f"__{self._rank}_*{_SUFFIX}"), *([folder / METADATA_NAME] if self._rank == 0 else [])]
@@ -154,12 +159,12 @@ class ShardedWriter:
         return rest, self.together(report)
 
 
-def _cause_of(error: CheckpointException) -> BaseException:
-    """What DCP, which catches everything, was told by the system."""
-    for cause, _ in error.failures.values():
-        if isinstance(cause, OSError | MemoryError) or not isinstance(cause, Exception):
-            return cause
-    return OSError("; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()))
+def _cause_of(error: CheckpointException, rank: int | None = None) -> BaseException:
+    """What DCP, which catches everything, was told by the system: on this rank, or on the first that failed."""
+    cause, _ = error.failures[min(error.failures) if rank is None else rank]
+    if isinstance(cause, OSError | MemoryError) or not isinstance(cause, Exception):
+        return cause
+    return OSError(f"{type(cause).__name__}: {cause}")
 
 
 def outline_of(state: Any) -> Outline:
@@ -182,10 +187,17 @@ class Pieces:
         Raises:
             CorruptCheckpoint: it is not what was saved.
         """
-        known = self._reader.read_metadata().state_dict_metadata
+        metadata = self._reader.read_metadata()
         for path, tensor in tensors_by_path(state).items():
-            if tensor.is_meta and getattr(known.get(_name(path)), "size", None) != tensor.shape:
-                raise CorruptCheckpoint(f"{METADATA_NAME} has no {_name(path)} of shape {tuple(tensor.shape)}")
+            if not tensor.is_meta:
+                continue
+            name = _name(path)
+            known = metadata.state_dict_metadata.get(name)
+            if not isinstance(known, TensorStorageMetadata) or known.size != tensor.shape:
+                raise CorruptCheckpoint(f"{METADATA_NAME} has no {name} of shape {tuple(tensor.shape)}")
+            places = [MetadataIndex(name, chunk.offsets) in metadata.storage_data for chunk in known.chunks]
+            if not all(places) or sum(chunk.sizes.numel() for chunk in known.chunks) != tensor.numel():
+                raise CorruptCheckpoint(f"{METADATA_NAME} has not all pieces of {name}")
 
     def read(self, path: TensorPath, tensor: Tensor) -> Tensor:
         """The whole tensor, in host memory, of which `tensor` is the outline.

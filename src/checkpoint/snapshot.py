@@ -69,12 +69,11 @@ class Snapshot:
             The state, with tensors in host memory that are valid until the next snapshot is taken.
         """
         stream = self._owner.stream
-        if stream is not None:
-            torch.cuda.set_device(stream.device)  # a thread begins on GPU 0, where every rank would take up memory
         try:
             if stream is None:
                 _copy(self._rest)
             else:
+                torch.cuda.set_device(stream.device)  # a thread begins on GPU 0, where each rank would take up memory
                 with torch.cuda.stream(stream):
                     stream.wait_event(self._begun)
                     _copy(self._rest)

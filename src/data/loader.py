@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -117,6 +118,7 @@ class ResumableLoader:
         self._workers: set[BaseProcess] = set()
         worker_options: dict[str, Any] = {}
         if workers > 0:
+            _start_fork_server()
             # Not forked from this process: it has threads, perhaps a CUDA context, and holds the run's lock.
             context = multiprocessing.get_context("forkserver")
             # Open for as long as this process lives; workers see it close, however this process ends.
@@ -144,19 +146,30 @@ class ResumableLoader:
             WorkerLost: a process that loads has ended by itself.
         """
         self._sampler.epoch, self._sampler.start = epoch, start
-        others = set(multiprocessing.active_children())
-        batches = iter(self._loader)  # in the first epoch this starts them
-        self._workers |= set(multiprocessing.active_children()) - others
         try:
+            others = set(multiprocessing.active_children())
+            batches = iter(self._loader)  # in the first epoch this starts them
+            self._workers |= set(multiprocessing.active_children()) - others
             yield from batches  # a generator also keeps this object, and with it the lifeline, alive
         except (RuntimeError, OSError, EOFError) as error:
             # What it is depends on what the worker was just doing.
-            if not wait([worker.sentinel for worker in self._workers], timeout=_DYING):
+            if not self._workers or not wait([worker.sentinel for worker in self._workers], timeout=_DYING):
                 raise
             raise WorkerLost(
                 "a process that loads data has died: most often the system kills one because memory ran out. Run the "
                 "same command again to go on, perhaps with fewer of them (trainer.workers)"
             ) from error
+
+
+def _start_fork_server() -> None:
+    # A scheduler's SIGTERM, or torchrun's, reaches the whole process group. It would end the server, and with it the
+    # workers, without which several ranks do not come to their last step. It inherits what is blocked.
+    resource_tracker.ensure_running()  # first, because starting it lifts the block
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker(lifeline: Connection, _worker_id: int) -> None:
