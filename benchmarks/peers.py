@@ -112,15 +112,20 @@ class TorchSaveDurably(TorchSave):
 
     def save(self, step: int) -> None:
         """Write the file, durably and atomically."""
-        temporary = self.path(step).with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(contents(self.state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.path(step))
-        folder = os.open(self.directory, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        save_durably(contents(self.state), self.path(step))
+
+
+def save_durably(state: Any, path: Path) -> None:
+    """`torch.save` to a temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 class BufferAndThread(TorchSave):

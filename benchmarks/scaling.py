@@ -13,6 +13,7 @@ from benchmarks.results import Result, Table, seconds, times
 from benchmarks.settings import Settings
 from src.goodput import lives_of
 
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 _CASES = (("none", 1), ("ddp", 2), ("fsdp", 2))
 _BATCH, _STEPS = 16, 100
 _EVERY = 10  # steps between checkpoints
@@ -51,18 +52,18 @@ def _measure(strategy: str, ranks: int, directory: Path) -> tuple[float, float, 
     ):
         _train(strategy, ranks, without, 1, _NEVER)
         _train(strategy, ranks, with_saves, 1, _EVERY)
-        step, step_with_saves = _step(without), _step(with_saves)
+        runs = [Path(directory, "outputs/scaling") for directory in (without, with_saves)]
+        step, step_with_saves = (seconds_per_step(run_directory, _BATCH) for run_directory in runs)
         _train(strategy, ranks, with_saves, 2, _EVERY)
         start = lives_of(Path(with_saves, "outputs/scaling"))[-1].starting
     return step, step_with_saves, start
 
 
 def _train(strategy: str, ranks: int, directory: str, epochs: int, every: int) -> None:
-    train = Path(__file__).resolve().parent.parent / "train.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     settings = (f"trainer.strategy={strategy}", f"trainer.epochs={epochs}", f"checkpoint.every={every}")
     subprocess.run(
-        [sys.executable, *launcher, str(train), *_RUN, *settings],
+        [sys.executable, *launcher, str(TRAIN), *_RUN, *settings],
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         check=True,
@@ -70,6 +71,7 @@ def _train(strategy: str, ranks: int, directory: str, epochs: int, every: int) -
     )
 
 
-def _step(directory: str) -> float:
-    events = EventAccumulator(f"{directory}/outputs/scaling/tensorboard").Reload()
-    return _BATCH / float(median(event.value for event in events.Scalars("train/samples_per_second")))
+def seconds_per_step(run_directory: Path, batch_size: int) -> float:
+    """The median of a run of train.py, from TensorBoard's events."""
+    events = EventAccumulator(str(run_directory / "tensorboard")).Reload()
+    return batch_size / float(median(event.value for event in events.Scalars("train/samples_per_second")))

@@ -1,6 +1,5 @@
 """How soon after SIGTERM a checkpoint is durable: the real train.py, beside a synchronous save of the same state."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,11 +10,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.peers import save_durably
 from benchmarks.results import Result, Table, seconds, times
+from benchmarks.scaling import TRAIN, seconds_per_step
 from benchmarks.settings import Settings
-from src.storage.local import fsync_directory
 
 _STOPS = 10
 _BATCH, _STEPS = 16, 20
@@ -32,7 +31,7 @@ def run(settings: Settings) -> Result:
     with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
         run_directory = Path(folder, "outputs/stop")
         waits = [_stop(Path(folder), chance.random()) for _ in range(3 if settings.quick else _STOPS)]
-        step = _step(run_directory)
+        step = seconds_per_step(run_directory, _BATCH)
         state = torch.load(next(run_directory.glob("checkpoints/step_*/state.pt")), weights_only=True)
         save = median(_save(state, Path(folder, "state.pt")) for _ in range(5))
     bound = 2 * save + step
@@ -45,9 +44,8 @@ def run(settings: Settings) -> Result:
 
 def _stop(folder: Path, seconds_later: float) -> float:
     """Seconds from SIGTERM until there is a checkpoint that was not there before (the fsync of its folder follows)."""
-    train = Path(__file__).resolve().parent.parent / "train.py"
     process = subprocess.Popen(
-        [sys.executable, str(train), *_RUN], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(TRAIN), *_RUN], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     while " · step " not in (line := process.stdout.readline()):
@@ -69,17 +67,7 @@ def _stop(folder: Path, seconds_later: float) -> float:
 
 
 def _save(state: object, path: Path) -> float:
-    """Seconds for torch.save, fsync, rename, fsync of the folder."""
+    """Seconds for a synchronous, durable save."""
     start = time.perf_counter()
-    with path.with_suffix(".tmp").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").rename(path)
-    fsync_directory(path.parent)
+    save_durably(state, path)
     return time.perf_counter() - start
-
-
-def _step(run_directory: Path) -> float:
-    events = EventAccumulator(str(run_directory / "tensorboard")).Reload()
-    return _BATCH / float(median(event.value for event in events.Scalars("train/samples_per_second")))

@@ -32,16 +32,15 @@ class Interrupted(BaseException):
 class Stopped(BaseException):
     """Training has ended early, after a save, because it was asked to. No error, so no Exception."""
 
-    def __init__(self, signal_number: int, reason: str, global_step: int, signals: Sequence[int] = ()) -> None:
+    def __init__(self, signals: Sequence[int], reason: str, global_step: int) -> None:
         """
         Args:
-            signals: All that came, the first one first.
+            signals: The numbers of all that came, the first one first.
         """
         super().__init__(
             f"stopped by {reason} after step {global_step}, which is saved; run the same command again to go on"
         )
-        self.signal_number = signal_number
-        self.exit_code = 128 + signal_number
+        self.exit_code = 128 + signals[0]
         self._signals = signals
 
     def hand_on(self) -> None:
@@ -51,7 +50,7 @@ class Stopped(BaseException):
             handler = signal.getsignal(number)
             if callable(handler) and handler is not signal.default_int_handler:
                 signal.raise_signal(number)
-        if self.signal_number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if self._signals[0] == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             # So begins the grace of a job that is preempted. One that ends by itself in it is not queued anew; one that
             # waits until Slurm ends it is, or is told by another signal to see to that itself.
             signal.pause()
@@ -78,13 +77,11 @@ class Stop:
                 nothing is uploaded any more.
             world: The ranks that stop together.
         """
-        self.requested: int | None = None
-        """The number of the signal that came, if one did."""
         self.reason = ""
         self._grace = grace
         self._world = world
         self.signals: list[int] = []
-        """The numbers of all that came, each once."""
+        """The numbers of all that came, each once, the first one first."""
         self._deadline = float("inf")
         self._may_leave = False
         self._out_of_the_loop = threading.Event()
@@ -114,6 +111,11 @@ class Stop:
             self._ring.close()  # which ends the thread
             self._watch.join()
             self._bell.close()
+
+    @property
+    def requested(self) -> int | None:
+        """The number of the signal that came first, if one did."""
+        return self.signals[0] if self.signals else None
 
     def request(self, reason: str) -> None:
         """Ask from another thread, as SIGTERM would."""
@@ -199,12 +201,11 @@ class Stop:
             raise Interrupted
 
     def _note(self, number: int) -> None:
-        if number not in self.signals:
-            self.signals.append(number)
         if self.requested is None:
             self._deadline = time.monotonic() + self._grace
             self.reason = self.reason or signal.Signals(number).name
-            self.requested = number
+        if number not in self.signals:
+            self.signals.append(number)
 
     def _listen(self) -> None:
         first: float | None = None

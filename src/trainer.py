@@ -215,7 +215,7 @@ class Trainer:
         checkpointer.finish(state, stop.seconds_left)
         stop.settle()
         if stop.requested is not None:  # also if it came at the very end: there may be other runs to come
-            raise Stopped(stop.requested, stop.reason, state.global_step, stop.signals)
+            raise Stopped(stop.signals, stop.reason, state.global_step)
 
     def _train(self, state: TrainState, data: Data, checkpointer: Checkpointer, tracker: Tracker, stop: Stop) -> None:
         """The loop.

@@ -126,7 +126,7 @@ def test_plain_torch_reads_it(tmp_path: Path, mmap: bool) -> None:
     assert torch.equal(state["weights"], torch.full((1000,), 7.0))
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 2**21 - 1, 2**21, 2**21 + 1, 20_000_003])
+@pytest.mark.parametrize("size", [0, 1, 4096, 2**21 - 1, 2**21, 2**21 + 1, 2**22 - 1, 2**22, 2**22 + 1, 20_000_003])
 def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     with DirectFile(tmp_path / "file") as file:
