@@ -39,7 +39,7 @@ class _Sample:
 
 def run(settings: Settings) -> Result:
     """Measure at each size."""
-    return settings.at_each_size(partial(_compare, settings), small=3, large=3)
+    return settings.at_each_size(partial(_compare, settings), small=6, large=3)
 
 
 def _compare(settings: Settings, workload: Workload, rounds: int, directory: Path) -> tuple[str, Table, dict[str, Any]]:
