@@ -3,11 +3,12 @@
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from benchmarks.process import SaverFailed, fresh_process
 from benchmarks.savers import Saver
@@ -64,12 +65,42 @@ def take_turns(
     turns: Turns[T] = Turns()
 
     def turn(saver: type[Saver]) -> list[T]:
-        with (
-            tempfile.TemporaryDirectory(dir=directory) as folder,
-            fresh_process(_turn, saver, workload, device, Path(folder), measure) as child,
-        ):
-            turns.label, turns.state_bytes, samples = child.receive()
-            return list(samples)
+        with _at_work(saver, workload, device, directory, measure, turns) as sample:
+            return sample()
+
+    turns.rounds, turns.failures = in_turns(savers, rounds, turn)
+    return turns
+
+
+def take_turns_beside(
+    reference: type[Saver],
+    savers: Sequence[type[Saver]],
+    workload: Workload,
+    device: str,
+    directory: Path,
+    measure: Callable[[Saver, Task], T],
+    rounds: int,
+    samples: int,
+) -> Turns[tuple[T, T]]:
+    """As `take_turns`, with so many samples in a turn, each after one of `reference`, which waits in a process of its
+    own: for what can only be told from the memory's moods, which change from minute to minute, by pairs.
+
+    Returns:
+        Pairs: of the reference, and of the saver right after it.
+    """
+    turns: Turns[tuple[T, T]] = Turns()
+
+    def turn(saver: type[Saver]) -> list[tuple[T, T]]:
+        place = (workload, device, directory, measure, turns)
+        with _at_work(reference, *place) as of_the_reference, _at_work(saver, *place) as of_the_saver:
+
+            def before() -> T:
+                try:
+                    return of_the_reference()
+                except SaverFailed as error:  # no failure of the saver's
+                    raise RuntimeError(f"{reference.name}: {error}") from error
+
+            return [(before(), of_the_saver()) for _ in range(samples)]
 
     turns.rounds, turns.failures = in_turns(savers, rounds, turn)
     return turns
@@ -98,12 +129,38 @@ def in_turns(
     return found, failures
 
 
+@contextmanager
+def _at_work(
+    saver: type[Saver],
+    workload: Workload,
+    device: str,
+    directory: Path,
+    measure: Callable[[Saver, Task], R],
+    turns: Turns[Any],
+) -> Iterator[Callable[[], R]]:
+    """A saver in a process of its own, warm, that measures when it is asked to and else does nothing."""
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as folder,
+        fresh_process(_turn, saver, workload, device, Path(folder), measure) as child,
+    ):
+        turns.label, turns.state_bytes = child.receive()
+
+        def sample() -> R:
+            child.send(True)
+            measured: R = child.receive()
+            return measured
+
+        yield sample
+        child.send(False)
+        child.receive()
+
+
 def _turn(
     kind: type[Saver],
     workload: Workload,
     device: str,
     directory: Path,
-    measure: Callable[[Saver, Task], list[T]],
+    measure: Callable[[Saver, Task], Any],
     connection: Connection,
 ) -> None:
     task = Task(workload, device)
@@ -114,6 +171,8 @@ def _turn(
     saver.before_update()
     saver.wait()
     saver.discard(step)
-    samples = measure(saver, task)
-    saver.close()  # first, so that a saver that fails at it is a row that says so
-    connection.send((task.label, task.state_bytes, samples))
+    connection.send((task.label, task.state_bytes))
+    while connection.recv():
+        connection.send(measure(saver, task))
+    saver.close()
+    connection.send(None)  # only now, so that a saver that fails at it is a row that says so

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.memory import Footprint, footprint
+from benchmarks.field import take_turns
+from benchmarks.memory import footprint
 from benchmarks.ours import Holdfast
 from benchmarks.peers import BufferAndThread, DcpAsyncCached, TorchCheckpointing, TorchSaveDurably
 from benchmarks.process import SaverFailed, fresh_process
@@ -20,6 +21,7 @@ from benchmarks.workloads import Task, readable, sized
 
 _MEGABYTES = (10, 40, 150, 600, 2000)
 _MEGABYTES_QUICK = (100,)
+_SAVES = 5  # of each size
 _SAVERS: list[type[Saver]] = [Holdfast, TorchCheckpointing, DcpAsyncCached, TorchSaveDurably]
 
 _LOOKS = (10, 100, 500, 1000)  # saves
@@ -47,28 +49,42 @@ def run(settings: Settings) -> Result:
 
 
 def _with_the_state(settings: Settings) -> tuple[Table, dict[str, Any]]:
-    found: dict[str, dict[str, Footprint | str]] = {}
-    for saver in _SAVERS[:2] if settings.quick else _SAVERS:
-        cells = found.setdefault(saver.name, {})
-        for megabytes in _MEGABYTES_QUICK if settings.quick else _MEGABYTES:
-            with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
+    savers = _SAVERS[:2] if settings.quick else _SAVERS
+    cells: dict[str, list[str]] = {saver.name: [] for saver in savers}
+    measured: dict[str, dict[str, Any]] = {saver.name: {} for saver in savers}
+    sizes = {readable(size * 1e6): size for size in (_MEGABYTES_QUICK if settings.quick else _MEGABYTES)}
+    for size, megabytes in sizes.items():
+        with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
+            turns = take_turns(savers, sized(megabytes), "cpu", Path(folder), _save_a_few, rounds=1)
+            for saver in savers:
                 try:
-                    cells[readable(megabytes * 1e6)] = footprint(saver, sized(megabytes), "cpu", Path(folder))
+                    if saver.name in turns.failures:
+                        raise SaverFailed(turns.failures[saver.name])
+                    peak = footprint(saver, sized(megabytes), "cpu", Path(folder)).peak_bytes
                 except SaverFailed as error:
-                    cells[readable(megabytes * 1e6)] = f"failed: {error}"
-    columns = ["stall · peak memory · time per save", *next(iter(found.values()))]
-    rows = [[name, *(_cell(value) for value in cells.values())] for name, cells in found.items()]
-    measured = {
-        name: {size: value if isinstance(value, str) else asdict(value) for size, value in cells.items()}
-        for name, cells in found.items()
-    }
+                    cells[saver.name].append(f"failed: {error}")
+                    continue
+                stall, duration = map(median, zip(*turns.samples(saver.name), strict=True))
+                cells[saver.name].append(f"{seconds(stall)} · {readable(peak)} · {seconds(duration)}")
+                measured[saver.name][size] = {"stall": stall, "peak_bytes": peak, "duration": duration}
+    rows = [[name, *of_one] for name, of_one in cells.items()]
+    columns = ["stall · peak memory · time per save", *sizes]
     return Table("**With the size of the state** (a fresh process each)", columns, rows), measured
 
 
-def _cell(value: Footprint | str) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{seconds(value.stall)} · {readable(value.peak_bytes)} · {seconds(value.duration)}"
+def _save_a_few(saver: Saver, task: Task) -> list[tuple[float, float]]:
+    """Seconds that each save held up training, and until it was done."""
+    samples = []
+    for _ in range(_SAVES):
+        task.step()
+        start = time.perf_counter()
+        saver.save(task.state.global_step)
+        saver.before_update()
+        stall = time.perf_counter() - start
+        saver.wait()
+        samples.append((stall, time.perf_counter() - start))
+        saver.discard(task.state.global_step)
+    return samples
 
 
 def _with_the_saves(settings: Settings) -> tuple[Table, dict[str, Any]]:

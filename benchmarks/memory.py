@@ -1,11 +1,9 @@
 """What a saver does to the memory of a process that does nothing else."""
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 
 import psutil
 
@@ -24,16 +22,13 @@ class Footprint:
     state_bytes: int
     peak_bytes: int
     """Largest memory of the process and its children, above that of the process before its first save."""
-    stall: float
-    """Median seconds of `save` and `before_update`, without the first save, which makes buffers."""
-    duration: float
-    """Median seconds until the save is done, likewise."""
 
 
 def footprint(kind: type[Saver], workload: Workload, device: str, directory: Path) -> Footprint:
     """Save three times in a fresh process, one after the other, and watch its memory from outside.
 
-    Pages that processes share are counted once (PSS); the page cache is not counted.
+    Pages that processes share are counted once (PSS); the page cache is not counted. Watching takes one of the cores:
+    nothing else can be measured there.
 
     Raises:
         SaverFailed: with the reason, in one line.
@@ -43,9 +38,9 @@ def footprint(kind: type[Saver], workload: Workload, device: str, directory: Pat
         before = _memory(child.process, and_children=False)
         looks = [before]
         child.send("go")
-        state_bytes, stalls, durations = child.receive(lambda: looks.append(_memory(child.process)), _INTERVAL)
+        state_bytes = child.receive(lambda: looks.append(_memory(child.process)), _INTERVAL)
         child.send("end")
-    return Footprint(state_bytes, max(looks) - before, median(stalls[1:]), median(durations[1:]))
+    return Footprint(state_bytes, max(looks) - before)
 
 
 def _save_repeatedly(
@@ -55,17 +50,13 @@ def _save_repeatedly(
     saver = kind(task.state, directory)
     connection.send(None)
     connection.recv()
-    stalls, durations = [], []
     for _ in range(_SAVES):
         task.state.advance(0)  # another step, as far as a saver can tell, without a step's activations
-        start = time.perf_counter()
         saver.save(task.state.global_step)
         saver.before_update()
-        stalls.append(time.perf_counter() - start)
         saver.wait()
-        durations.append(time.perf_counter() - start)
         saver.discard(task.state.global_step)
-    connection.send((task.state_bytes, stalls, durations))
+    connection.send(task.state_bytes)
     connection.recv()
     saver.close()
 
