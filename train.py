@@ -10,10 +10,11 @@ import hydra
 from omegaconf import DictConfig
 
 from src import distributed
+from src.checkpoint.bucket_mirror import open_mirror
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.follower import follower
-from src.checkpoint.mirror import NO_MIRROR, open_mirror
+from src.checkpoint.mirror import NO_MIRROR
 from src.checkpoint.sharded import ShardedWriter
 from src.launch import build, one_line_errors
 from src.preemption import Stop
