@@ -1,12 +1,14 @@
 """TensorBoard: scalars, captioned pictures, hyper-parameters. A disk that refuses them does not stop training."""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -17,6 +19,14 @@ log = logging.getLogger(__name__)
 
 _RIGHT, _WRONG = (20, 80, 40), (140, 20, 30)  # RGB
 _TILE, _CAPTION = 96, 20  # pixels
+
+_report_as_before = threading.excepthook
+
+
+def _report_what_is_not_ours(failed: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread keeps its error for whoever writes next, which is `Board`, and raises it besides.
+    if not (isinstance(failed.thread, _AsyncWriterThread) and isinstance(failed.exc_value, OSError)):
+        _report_as_before(failed)
 
 
 class Board:
@@ -29,6 +39,7 @@ class Board:
             global_step: Where this process starts. What an earlier one logged beyond it is dropped, so
                 that curves do not zigzag; what it logged at the step itself belongs to the checkpoint.
         """
+        threading.excepthook = _report_what_is_not_ours
         self._writer: SummaryWriter | None = None
         purge_step = global_step + 1 if global_step > 0 else 0
         try:

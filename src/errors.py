@@ -1,6 +1,7 @@
 """The errors a user can act on, and the checks that raise them. Each is shown as one line."""
 
 import math
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -77,13 +78,16 @@ def require_endpoint(key: str, url: str, example: str) -> None:
         raise ConfigError(key, url, f"must be like {example}")
 
 
-def require_no_credentials(key: str, url: str) -> None:
-    """Raise ConfigError, without repeating them, if a URL holds a user's name or password."""
-    parts = urlsplit(url)
-    if parts.username or parts.password:
+# Up to the @ there is no slash in a URL, or one in the password, which is then no port.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]+:(?!\d*(?:/|$))[^\s@]*@)")
+
+
+def require_no_credentials(key: str, text: str) -> None:
+    """Raise ConfigError, without repeating them, if a URL in `text` holds a user's name or password."""
+    if _CREDENTIALS.search(text):
         raise ConfigError(
             key,
-            parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
+            _CREDENTIALS.sub("", text),
             "must not hold credentials, which would end up in files and logs; boto3 finds them in the environment, "
             "~/.aws, or the machine's role",
         )

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
-from src.run import flatten
 from src.worker import in_sweep, is_worker, sweep_is_over
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
@@ -90,9 +89,10 @@ def ending_the_program() -> Iterator[None]:
     """For Hydra's callbacks: of what they raise, Hydra would only make a warning."""
     try:
         yield
-    except HoldfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        if is_main_process():
+            print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 class RefuseCredentials(Callback):
@@ -100,16 +100,25 @@ class RefuseCredentials(Callback):
 
     @ending_the_program()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Look at the values of one run."""
-        plain = OmegaConf.to_container(config)
-        assert isinstance(plain, dict)
-        for key, value in flatten({str(group): values for group, values in plain.items() if group != "hydra"}).items():
-            if isinstance(value, str) and "://" in value:
-                require_no_credentials(key, value)
+        """Look at the command line, and at what it came to."""
+        for override in (*config.hydra.overrides.task, *config.hydra.overrides.hydra):
+            key, _, value = str(override).partition("=")
+            require_no_credentials(key, value)
+        for key, value in _texts(OmegaConf.to_container(config)):
+            require_no_credentials(key, value)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Look at the values that all runs of a sweep share."""
+        """The same: the values that are swept over are on the command line or in the sweeper's config."""
         self.on_run_start(config, **kwargs)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of a config, with their dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
 
 
 @contextmanager

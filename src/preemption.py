@@ -41,7 +41,8 @@ class Stopped(BaseException):
             f"stopped by {reason} after step {global_step}, which is saved; run the same command again to go on"
         )
         self.exit_code = 128 + signals[0]
-        self._signals = signals
+        self._signals = list(dict.fromkeys(signals))
+        self._by_signal = reason == signal.Signals(signals[0]).name
 
     def hand_on(self) -> None:
         """Raise the signals again for whoever handled them before training began: a scheduler's handler that queues the
@@ -51,6 +52,9 @@ class Stopped(BaseException):
             if callable(handler) and handler is not signal.default_int_handler:
                 signal.raise_signal(number)
         if self._signals[0] == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            if not self._by_signal:  # but by a notice that Slurm knows nothing of
+                signal.raise_signal(signal.SIGUSR2)  # has submitit queue the job anew
+                return
             # So begins the grace of a job that is preempted. One that ends by itself in it is not queued anew; one that
             # waits until Slurm ends it is, or is told by another signal to see to that itself.
             signal.pause()

@@ -18,9 +18,11 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
+from torch.distributed import is_torchelastic_launched
 
 from src.errors import ConfigError
 from src.launch import describe, ending_the_program
+from src.preemption import STOP_SIGNALS
 from src.result import FAILURE_NAME, Failure, read_failure, write_failure
 from src.run import holder, holder_of, is_neutral, run_name
 from src.worker import SWEEP, enter_job, in_sweep, is_worker, leave_job, stop_file, sweep_is_over
@@ -38,7 +40,17 @@ class Sweep(Callback):
     @ending_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before the first job."""
+        if is_torchelastic_launched():
+            raise ConfigError(
+                "hydra.mode",
+                "MULTIRUN",
+                "torchrun trains one run on many ranks; start a sweep without it, or one torchrun per job",
+            )
         _refuse_shared_directories(config)
+        if config.hydra.sweeper._target_.endswith(".OptunaSweeper"):
+            from src.study import continue_study  # which takes a while to import
+
+            continue_study(config)
         # A launcher may start its processes anywhere: they find the code as this one does.
         path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -53,7 +65,7 @@ class Sweep(Callback):
             with read_write(config):
                 # Else jobs that are done already teach it to hand out several at a time, for one worker after all.
                 config.hydra.launcher.batch_size = "1"
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -107,7 +119,7 @@ class Sweep(Callback):
         if not self.stopping:
             self.stopping = True
             print("asked to stop: the jobs are saved; once more ends them at once", file=sys.stderr)
-            file = stop_file(self.directory, os.getpid())
+            file = stop_file(self.directory)
             file.touch()
             atexit.register(file.unlink, missing_ok=True)
             while self._are_training(multiprocessing.active_children()):

@@ -53,7 +53,6 @@ class Tracker:
             final_metrics: The curves whose ends are to be compared between runs.
             stalled: For how many seconds checkpoints have held training up so far.
         """
-        self.started = True
         self._epochs = epochs
         self._board = Board(self._directory / "tensorboard", global_step)
         self._board.hyperparameters(global_step, self._settings, final_metrics)
@@ -69,6 +68,7 @@ class Tracker:
         )
         self._start = time.perf_counter()
         self._restart_window()
+        self.started = True
 
     @property
     def seconds(self) -> float:

@@ -14,11 +14,12 @@ from hydra.types import RunMode
 from torch.distributed import is_torchelastic_launched
 
 from src.background import yield_to_training
-from src.preemption import Stop
+from src.preemption import STOP_SIGNALS, Stop
 
 SWEEP = "HOLDFAST_SWEEP"
 """Environment variable, set by a sweep and inherited by its jobs, whatever launcher starts them: `process-id`."""
 
+_PARENT = os.getppid()  # as early as can be: it may die while this process imports, or downloads
 _EVERY = 0.2  # seconds between looks
 _IDLE_WATCH = "idle-watch"
 _at_work = threading.Event()
@@ -39,7 +40,7 @@ def enter_job() -> None:
     """To be called by a worker before each of its jobs."""
     # Between trainings it is the sweep's process that is asked to stop. A worker that ends by itself looks to the
     # launcher like one that has crashed: it then kills the others, whatever they are just saving.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _at_work.set()
     if not any(thread.name == _IDLE_WATCH for thread in threading.enumerate()):
@@ -60,9 +61,9 @@ def _end_with_the_sweep() -> None:
     os._exit(0)
 
 
-def stop_file(sweep: Path, process: int) -> Path:
-    """What is there when the sweep of that process has been asked to stop."""
-    return sweep / f".stop_{process}"
+def stop_file(directory: Path) -> Path:
+    """What is there in the directory of this sweep when it has been asked to stop."""
+    return directory / f".stop_{os.environ[SWEEP]}"
 
 
 def sweep_is_over() -> str | None:
@@ -71,11 +72,10 @@ def sweep_is_over() -> str | None:
         return None
     parent = multiprocessing.parent_process()
     assert parent is not None
-    assert parent.pid is not None
     if os.getppid() != parent.pid:
         return "the death of its sweep"
     config = HydraConfig.get()
-    if stop_file(Path(config.runtime.cwd, config.sweep.dir), parent.pid).exists():
+    if stop_file(Path(config.runtime.cwd, config.sweep.dir)).exists():
         return "its sweep, which was asked to stop"
     return None
 
@@ -84,11 +84,10 @@ def sweep_is_over() -> str | None:
 def watch_parent(stop: Stop) -> Iterator[None]:
     """While entered, the end of what started this process, a sweep or torchrun, is a request to stop: the same command
     would find the run being written."""
-    parent = os.getppid()
 
     def reason() -> str | None:
         if is_torchelastic_launched():
-            return "the death of torchrun" if os.getppid() != parent else None
+            return "the death of torchrun" if os.getppid() != _PARENT else None
         return sweep_is_over()
 
     if not is_worker() and not is_torchelastic_launched():

@@ -16,7 +16,7 @@ from tests.cluster import Cluster, free_port, missing
 from tests.conftest import LAST, LONG, REPOSITORY, TINY, TINY_DATA, Result, Training
 from tests.ranks import kill, torchrun, two_nodes, workers_of
 from tests.test_resume import differences
-from tests.test_training import curves, final_state, newest_step
+from tests.test_training import curves, final_state, loader_of, newest_step
 
 RANKS = (*LONG, "trainer=ddp")
 
@@ -56,6 +56,18 @@ def test_invariant_4_a_killed_rank_costs_steps_not_the_result_and_torchrun_goes_
     assert "stopped by" not in result.output
     assert differences(final_state(undisturbed), final_state(training.run)) == []
     assert curves(training.run) == curves(undisturbed)
+
+
+def test_a_rank_that_loses_its_loader_ends_and_torchrun_goes_on(training: Training, undisturbed: Path) -> None:
+    """Rank 0, which has the run's lock and the save in flight to let go of."""
+    agent = torchrun(training, 2, *RANKS, "trainer.workers=1", restarts=3)
+    training.wait_until(agent, lambda: newest_step(training.checkpoints) >= 20)
+    kill(loader_of(workers_of(agent)[0]))
+    result = training.finish(agent)
+    assert result.status == 0, result.output
+    assert "error: a process that loads data has died" in result.output
+    assert "resumed from" in result.output
+    assert differences(final_state(undisturbed), final_state(training.run)) == []
 
 
 def test_invariant_12_asked_to_stop_all_ranks_stop_after_the_same_step_which_is_saved(
@@ -171,6 +183,12 @@ def test_what_is_wrong_is_said_once(training: Training, override: str, error: st
     assert not Catalog(training.checkpoints).paths()
 
 
+def test_torchrun_does_not_sweep(training: Training) -> None:
+    result = training.finish(torchrun(training, 2, "-m", *TINY, "trainer=ddp", "trainer.seed=1,2"))
+    assert result.output.count("error: hydra.mode=MULTIRUN: torchrun trains one run on many ranks") == 1
+    assert not Path(training.directory, "outputs").exists()
+
+
 def test_one_process_needs_no_torchrun_whatever_the_strategy(train: Callable[..., Result]) -> None:
     assert train(*TINY, "trainer=ddp", "trainer.epochs=1").status == 0
     assert Path("outputs/tiny").is_dir()
@@ -190,11 +208,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("why", ["its time is up", "another is urgent"])
+@pytest.mark.parametrize(
+    ("why", "cores"), [("its time is up", []), ("another is urgent", ["--cpus-per-task=2"])], ids=["time", "urgent"]
+)
 def test_slurm_takes_a_job_back_and_it_goes_on(
-    training: Training, undisturbed: Path, cluster: Cluster, why: str
+    training: Training, undisturbed: Path, cluster: Cluster, why: str, cores: list[str]
 ) -> None:
-    script = ["sbatch", "--parsable", "--nodes=1", "--cpus-per-task=2", f"--output={training.directory}/log"]
+    """Whether or not it was told how many cores a rank needs."""
+    script = ["sbatch", "--parsable", "--nodes=1", *cores, f"--output={training.directory}/log"]
     command = ["docs/slurm.sh", *RANKS, f"hydra.run.dir={training.run}"]
     job = cluster.call(
         *script, *command, cwd=str(REPOSITORY), RANKS_PER_NODE="2", RENDEZVOUS_PORT=str(free_port())
@@ -203,7 +224,7 @@ def test_slurm_takes_a_job_back_and_it_goes_on(
     if why == "its time is up":
         cluster.call("scancel", "--signal=USR1", "--batch", job)  # as --signal has it be sent before the end
     else:
-        cluster.call("sbatch", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true")
+        cluster.call("sbatch", "--partition=urgent", *cores, "--output=/dev/null", "--wrap=true")
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the requeue")
     log = (training.directory / "log").read_text()
     assert re.search(r"^stopped by SIGTERM after step \d+, which is saved", log, re.MULTILINE), log

@@ -13,9 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.checkpoint import outage
+from src.checkpoint.bucket_mirror import BucketMirror
 from src.checkpoint.catalog import Catalog
 from src.checkpoint.manifest import Manifest
-from src.checkpoint.mirror import BucketMirror
 from src.checkpoint.policy import EverySteps
 from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.run_files import RunFiles
@@ -113,6 +113,24 @@ def test_a_password_on_the_command_line_is_refused_before_anything_is_written(
     result = train(*mode, *TINY, "storage=s3", "storage.bucket=b", f"storage.endpoint_url={url}")
     assert result.status == 2
     assert "error: storage.endpoint_url=http://host:1: must not hold credentials" in result.output
+    assert "hunter2" not in result.output
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("init_from", ("-m", "init_from=s3://me:hunter2@a/x,s3://b/x")),
+        ("hydra.sweeper.storage", ("-m", "hydra/sweeper=optuna", "hydra.sweeper.storage=mysql://me:hunter2@db/x")),
+        ("+data.urls", ("+data.urls=[http://a/x,http://me:hunter2@b/x]",)),
+    ],
+    ids=["swept", "hydra", "list"],
+)
+def test_wherever_it_is_given(train: Train, key: str, more: tuple[str, ...]) -> None:
+    result = train(*more, *TINY)
+    assert result.status == 2
+    assert f"error: {key}=" in result.output
+    assert "must not hold credentials" in result.output
     assert "hunter2" not in result.output
     assert not Path("outputs").exists()
 

@@ -102,6 +102,17 @@ def test_a_step_that_hangs_is_given_up_after_the_grace() -> None:
     assert "asked to stop by SIGUSR1, training still hangs in a step after trainer.grace=0.5 s" in errors
 
 
+def test_a_notice_that_slurm_knows_nothing_of_has_submitit_queue_the_job_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append(number))
+    try:
+        Stopped([signal.SIGTERM], "an EC2 rebalance recommendation", 5).hand_on()
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert seen == [signal.SIGUSR2]
+
+
 # --- the real thing ---
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from awscrt.checksums import crc64nvme
 
-from src.errors import ConfigError, HoldfastError
+from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.storage import lease as lease_module
 from src.storage import transfer
 from src.storage.bucket import Bucket, Cancelled, Stat
@@ -185,6 +185,18 @@ def test_settings_that_cannot_work(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         S3Storage(**{"bucket": "bucket", **settings})
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["s3://key:a/b+c@bucket/x", "mysql://me:hunter2@db", "[http://a, http://b@c/d]"])
+def test_credentials_are_found_wherever_they_stand(text: str) -> None:
+    with pytest.raises(ConfigError, match="must not hold credentials") as refused:
+        require_no_credentials("key", text)
+    assert "@" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["http://host:9000/a@b", "s3://bucket/a:b@c", "sqlite:////a@b/c", "me@host:a//b"])
+def test_what_only_looks_like_them_is_not(text: str) -> None:
+    require_no_credentials("key", text)
 
 
 def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -155,9 +156,19 @@ def test_jobs_that_would_share_a_directory_are_refused(train: Train, sweep: tupl
 
 
 def run_killed(training: Training, command: tuple[str, ...], due: Callable[[], bool]) -> None:
+    """SIGKILL while `due()` holds."""
     process = training.fork(*command)
-    while not due():
+    assert process.pid is not None
+    deadline = time.monotonic() + 120
+    while True:
+        if due():
+            os.kill(process.pid, signal.SIGSTOP)
+            if due():  # still, now that nothing moves
+                break
+            os.kill(process.pid, signal.SIGCONT)
         assert process.is_alive(), (training.directory / "output.txt").read_text()
+        assert time.monotonic() < deadline, "did not come to that"
+        time.sleep(0.0005)
     process.kill()
     process.join()
 
@@ -283,7 +294,8 @@ def test_a_signal_is_handed_on_to_the_handler_that_was_there_before(train: Train
 
 
 def test_a_study_that_was_killed_goes_on_to_its_total(training: Training) -> None:
-    command = ("-m", *SHORT, "optimizer.momentum=interval(0.1,0.9)", "hydra/sweeper=study", "hydra.sweeper.n_trials=4")
+    sweeper = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=4")
+    command = ("-m", *SHORT, "optimizer.momentum=interval(0.1,0.9)", *sweeper)
     sweep = training.directory / SWEEP
     run_killed(training, command, lambda: done(sweep) == 1 and len(steps(sweep)) == 2)
     begun = set(steps(sweep))
@@ -307,6 +319,22 @@ def test_trials_without_a_result_are_queued_once(tmp_path: Path) -> None:
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, 0.5)
     assert queue_lost_trials(study) == 0
+
+
+def test_a_trial_that_was_killed_while_it_was_drawn_is_done_once_the_whole_of_it_is(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    distributions: dict[str, BaseDistribution] = {name: UniformDistribution(0, 1) for name in ("lr", "momentum")}
+    study.ask({"lr": distributions["lr"]})
+    assert queue_lost_trials(study) == 1
+    study.tell(study.ask(distributions), 0.5)
+    assert queue_lost_trials(study) == 0
+
+
+def test_what_optuna_is_to_look_for_is_said_in_one_place(train: Train) -> None:
+    result = train("-m", *SHORT, "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "optimizer.lr=0.1,0.2")
+    assert result.status == 2
+    assert "error: hydra.sweeper.direction=maximize: leave it out: see checkpoint.mode" in result.output
+    assert not Path("outputs").exists()
 
 
 # --- looking at it ---

@@ -122,7 +122,8 @@ class CheckpointPolicy(ABC):
 
     @property
     def copies(self) -> int:
-        """Checkpoints on the disk at once, the one being written included (without `keep_every`'s)."""
+        """Checkpoints on the disk at once, the one being written included; without those that `keep_every` keeps, and
+        the last good one of a run that goes on after it has diverged."""
         return self.keep + self.keep_best + 1
 
     @property
