@@ -59,7 +59,10 @@ def main(config: DictConfig) -> float | None:
         catalog = Catalog(run.directory / "checkpoints")
         shards = ShardedWriter(world.rank, world.size) if trainer.sharded else None
         if world.is_main:  # which saves and restores for all
-            storage.preflight(catalog.directory, state.checkpoint_bytes(), policy.copies)
+            catalog.clear_leftovers()  # they take space
+            storage.preflight(
+                catalog.directory, state.checkpoint_bytes(), policy.copies, makes_room=config.resume != "never"
+            )
             mirror = open_mirror(storage, run.name, catalog, policy)
             checkpointer = Checkpointer(
                 policy,

@@ -71,10 +71,15 @@ class TrainState:
             if isinstance(tensor, Tensor) and (here := local(tensor)).untyped_storage()._cdata not in buffers:
                 yield here
 
+    def buffer_names(self) -> frozenset[str]:
+        """Those of the model's tensors that are no parameters."""
+        return frozenset(name for name, _ in self.model.named_buffers(remove_duplicate=False))
+
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be. Optimizers make their state in the first step: until
         then it is taken to be two numbers per parameter, as Adam's is."""
-        weights: int = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        tensors = (value for value in self.model.state_dict().values() if isinstance(value, Tensor))
+        weights: int = sum(tensor.nbytes for tensor in tensors)
         moments = sum(2 * parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         return weights + moments
 
@@ -130,10 +135,7 @@ class TrainState:
         """
         try:
             self.model.load_state_dict(strip_prefixes(state["model_state_dict"], self.model))
-            self.optimizer.load_state_dict(state["optimizer_state_dict"])
-            for moments in self.optimizer.state.values():
-                # On a CPU torch's optimizers take the tensors as they are instead of copying them.
-                moments.update({k: v.clone() for k, v in moments.items() if isinstance(v, Tensor) and v.is_cpu})
+            self._load_optimizer(state["optimizer_state_dict"])
             self.scheduler.load_state_dict(state["lr_scheduler_state_dict"])
             if state["scaler_state_dict"] and self.scaler.is_enabled():
                 numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in state["scaler_state_dict"].items()}
@@ -172,6 +174,19 @@ class TrainState:
             return piece_of(tensor, like)
 
         return part
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        names = [name for group in saved["param_groups"] for name in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            moments = self.optimizer.state.get(parameter, {})
+            for key, value in saved["state"].get(name, {}).items():
+                own = moments.get(key)
+                # torch rounds them to the parameter's type, and on a CPU takes the others as they are instead of
+                # copying them.
+                if isinstance(value, Tensor) and isinstance(own, Tensor) and (own.is_cpu or own.dtype != value.dtype):
+                    moments[key] = value.to(own.device, copy=True)
 
     def _scaler_state_dict(self) -> dict[str, Any]:
         """As `GradScaler.state_dict()`, which would wait for the device: what lives there is a tensor here."""

@@ -280,11 +280,13 @@ class Trainer:
             self.world.broadcast_(state.model.buffers())  # BatchNorm's statistics are those of rank 0
             with self._undone_if_left(state, stop):
                 metrics = self.evaluate(model, val_batches, stop)
+                examples = self._predict_some(state.model, data)
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
+            self._look_at_the_loss(train_loss, state.global_step, checkpointer)
             state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
             averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
             tracker.log_epoch(state.global_step, state.epoch, averages | metrics)
-            self._show_predictions(model, data, tracker, state.global_step)
+            tracker.log_predictions(state.global_step, *examples, data.classes)
             checkpointer.step(state)
 
     @torch.no_grad()
@@ -376,13 +378,14 @@ class Trainer:
         log.warning("the loss is %s at step %d; the newest checkpoint before it: %s", loss, global_step, way_back)
 
     @torch.no_grad()
-    def _show_predictions(self, model: nn.Module, data: Data, tracker: Tracker, global_step: int) -> None:
+    def _predict_some(self, model: nn.Module, data: Data) -> tuple[Tensor, list[int], list[int]]:
+        """Images (N, C, H, W) of the validation set, their labels, and what the model makes of them."""
         samples = [data.val[index] for index in range(min(16, data.val_size))]
         images, labels = default_collate(samples)
         model.eval()
         with self._autocast():
             predictions = model(self._to_device(images)[0]).argmax(1)
-        tracker.log_predictions(global_step, images, labels.tolist(), predictions.tolist(), data.classes)
+        return images, labels.tolist(), predictions.tolist()
 
     def _loaders(self, data: Data) -> tuple[ResumableLoader, ResumableLoader]:
         common: dict[str, Any] = {"seed": self.seed, "workers": self.workers, "pin": self.device.type == "cuda"}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from src.checkpoint import catalog
 from src.checkpoint.__main__ import main as command_line
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checksum import verify_file
@@ -156,6 +157,27 @@ def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
         (tmp_path / name / "state.pt").write_bytes(b"half")
     Catalog(tmp_path).clear_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000100"]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_commit_that_the_disk_refuses_at_the_last_moment_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    """And what it would have replaced is still there; the next try is like the first."""
+    older = write(tmp_path, 100).rename(tmp_path / "older")
+    folder = write(tmp_path, 100).rename(tmp_path / ".tmp_step_00000100")
+    if replaces:
+        older.rename(tmp_path / "step_00000100")
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(catalog, "fsync_directory", refuse)
+        Catalog(tmp_path).adopt(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert verify(Catalog(tmp_path).adopt(folder)).global_step == 100
 
 
 class Malicious:

@@ -383,6 +383,32 @@ def test_a_single_weight_that_is_no_number_is_found(dtype: torch.dtype) -> None:
         assert not weights_are_finite(state)
 
 
+def test_what_is_no_parameter_may_be_infinite_or_no_tensor(make: Make, tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            assert state == {"calls": 3}
+
+    def state() -> TrainState:
+        model = nn.Sequential(Masked())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return TrainState(model, optimizer, schedules.constant(optimizer, 1000), GradScaler("cpu", enabled=False))
+
+    saved = state()
+    assert saved.checkpoint_bytes() > 0
+    checkpointer = make(EverySteps(every=1), saved)
+    train_step(saved, checkpointer)
+    checkpointer.wait()
+    assert verify(tmp_path / "step_00000001").finite
+    make(EverySteps(every=1), state()).restore(state(), "required", None)
+
+
 def test_the_cost_of_a_save_is_its_stall_and_the_slowness_of_the_steps_beside_it() -> None:
     meter = CostMeter()
     assert meter.cost is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from src.checkpoint.catalog import verify
 from tests.conftest import TINY, Result
 
 Train = Callable[..., Result]
@@ -214,6 +215,20 @@ def test_other_data_under_the_run_is_refused(train: Train) -> None:
     result = train(*TINY, "trainer.epochs=2")
     assert result.status == 2
     assert "data_set.train_size: 100 -> 200" in result.output
+
+
+@pytest.mark.parametrize("place", ["outputs/tiny", "outputs/tiny/checkpoints"])
+def test_a_path_to_the_run_itself_goes_back_nowhere(train: Train, place: str) -> None:
+    train(*TINY, "trainer.epochs=1")
+    result = train(*TINY, "trainer.epochs=2", f"resume={place}")
+    assert "step 13, epoch 1" in result.output
+    assert verify(RUN / "checkpoints/step_00000026").resumed_from is None
+
+
+def test_nor_is_there_anything_to_go_back_to_in_a_run_that_has_not_begun(train: Train) -> None:
+    result = train(*TINY, "resume=outputs/tiny")
+    assert result.status == 2
+    assert "error: resume=outputs/tiny: has no checkpoint yet" in result.output
 
 
 def test_a_path_to_nothing_or_to_damage_is_an_error(train: Train, tmp_path: Path) -> None:

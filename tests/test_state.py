@@ -3,6 +3,7 @@
 import io
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def test_it_uses_the_keys_that_everybody_knows() -> None:
         "global_step",
         "loss",
     } <= set(state)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad])
+def test_an_optimizers_state_keeps_its_own_type(kind: Callable[..., torch.optim.Optimizer]) -> None:
+    def state() -> TrainState:
+        model = nn.Linear(3, 4).to(torch.bfloat16)
+        optimizer = kind(model.parameters())
+        return TrainState(model, optimizer, schedules.cosine(optimizer, 10), GradScaler("cpu", enabled=False))
+
+    original, restored = state(), state()
+    original.model(torch.randn(5, 3, dtype=torch.bfloat16)).square().sum().backward()
+    original.optimizer.step()
+    restored.load_state_dict(through_a_file(original.state_dict()))
+    moments = (list(each.optimizer.state.values()) for each in (original, restored))
+    for one, other in zip(*moments, strict=True):
+        for name, value in one.items():
+            assert value.dtype == other[name].dtype, name
+            assert torch.equal(value, other[name]), name
 
 
 def test_invariant_4_a_loaded_state_trains_on_like_the_original() -> None:

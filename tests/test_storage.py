@@ -280,6 +280,22 @@ def silent(network: Network) -> None:
     network.silent = True
 
 
+def test_each_try_to_write_asks_again_whether_it_may(disturbed: Bucket, network: Network) -> None:
+    """In an outage that lasts, another machine may have taken over."""
+    network.answer = error_answer(503, "SlowDown")
+    tries: list[int] = []
+
+    def confirm() -> None:
+        tries.append(len(tries))
+        if len(tries) == 3:
+            network.answer = None
+            raise StoreError("taken over")
+
+    with pytest.raises(StoreError, match="taken over"):
+        disturbed.put("key", b"mine", confirm=confirm)
+    assert disturbed.stat("key") is None
+
+
 @pytest.mark.parametrize("fault", [busy, cut, silent])
 def test_transfers_outlast_a_short_outage(
     disturbed: Bucket, network: Network, tmp_path: Path, small_parts: None, fault: Callable[[Network], None]

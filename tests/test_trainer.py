@@ -81,6 +81,14 @@ def test_a_loss_that_is_no_number_stops_training_or_is_reported_and_the_way_back
     assert not manifests["step_00000026"].finite
 
 
+def test_a_loss_that_is_no_number_is_noticed_at_the_end_of_an_epoch_at_the_latest(
+    train: Callable[..., Result],
+) -> None:
+    result = train(*TINY, "scheduler=none", "optimizer.lr=1e30", "trainer.epochs=1", "trainer.log_every=1000")
+    assert result.status == 5, result.output
+    assert "error: the loss is nan at step 13" in result.output
+
+
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_accumulation_changes_memory_not_the_step(tmp_path: Path, accumulate: int) -> None:
     """Also where the last batch of the epoch, or the last micro-batch of a batch, is smaller."""

@@ -16,6 +16,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.errors import ConfigError
+from src.storage.local import LocalStorage
 from tests.conftest import LAST, LONG, TINY, Result, Training, children_of
 from tests.test_catalog import DAMAGE
 from tests.test_resume import RUN, differences, state
@@ -141,6 +143,28 @@ def test_a_full_disk_is_found_before_the_first_step(train: Callable[..., Result]
     assert result.status == 2
     assert "No space left on device" in result.output
     assert "Traceback" not in result.output
+
+
+def test_what_a_kill_has_left_behind_is_no_full_disk(train: Callable[..., Result], small_disk: Path) -> None:
+    command = (*TINY, f"hydra.run.dir={small_disk}/run", "storage.min_free_gb=0.001")
+    assert train(*command, "trainer.epochs=1").status == 0
+    half = small_disk / "run/checkpoints/.tmp_step_00000026"
+    half.mkdir()
+    with (half / "state.pt").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        file.write(bytes(4 * 2**20))
+    result = train(*command, "trainer.epochs=2")
+    assert result.status == 0, result.output
+
+
+def test_starting_over_needs_room_beside_what_is_kept(tmp_path: Path) -> None:
+    held = tmp_path / "step_00000001"
+    held.mkdir()
+    free = shutil.disk_usage(tmp_path).free
+    with (held / "state.pt").open("wb") as file:
+        file.truncate(2 * free)  # takes no room
+    LocalStorage(min_free_gb=0).preflight(tmp_path, 2 * free, 1)
+    with pytest.raises(ConfigError, match="has room for"):
+        LocalStorage(min_free_gb=0).preflight(tmp_path, 2 * free, 1, makes_room=False)
 
 
 def test_a_run_directory_that_became_read_only_is_found_before_the_first_step(

@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from src.checkpoint.checksum import verify_file
@@ -96,9 +96,10 @@ class Catalog:
             CorruptCheckpoint: it is missing or no good.
             OSError: the disk cannot be read just now.
         """
-        if path not in self._manifests:
-            self._manifests[path] = read_manifest(path / MANIFEST_NAME)
-        return self._manifests[path]
+        found = self._manifests.get(path)  # another thread may forget it the next moment
+        if found is None:
+            found = self._manifests[path] = read_manifest(path / MANIFEST_NAME)
+        return found
 
     def set_aside(self, path: Path, label: str) -> Path:
         """Rename a checkpoint so that it no longer counts, and keep it. Returns where it is now."""
@@ -164,8 +165,16 @@ class Catalog:
             if final.exists():
                 final.rename(replaced)
                 self._manifests.pop(final, None)
-            folder.rename(final)
-        fsync_directory(self.directory)
+            try:
+                folder.rename(final)
+                fsync_directory(self.directory)
+            except OSError:  # else a checkpoint would be there that counts as failed, and be in the way of the next try
+                with suppress(OSError):
+                    if final.exists():
+                        final.rename(folder)
+                    if replaced.exists():
+                        replaced.rename(final)
+                raise
         shutil.rmtree(replaced, ignore_errors=True)
         return final
 

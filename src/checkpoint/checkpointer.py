@@ -123,7 +123,6 @@ class Checkpointer:
                 raise ConfigError(key, value, "must be text: see the comment in conf/config.yaml")
         if self._shards is not None:
             self._shards.require_shared(self.catalog.directory)
-        self.catalog.clear_leftovers()
         self._mirror.open()
         found = find_to_resume(self.catalog, resume, self._mirror) if resume != "never" else None
         if found is None:

@@ -1,6 +1,7 @@
 """Are they numbers? Asked of the copies in host memory, in a thread beside training."""
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,19 @@ from torch import Tensor
 _PIECE = 32_768  # elements: below this torch computes in the calling thread alone
 
 
-def weights_are_finite(host_state: dict[str, Any]) -> bool:
-    """Whether all of the model is. The loss tells of it only a step later.
+def weights_are_finite(host_state: dict[str, Any], buffers: Container[str] = ()) -> bool:
+    """Whether all of the model's parameters are. The loss tells of it only a step later.
 
     One pass: a sum is finite only if all of it is. (One too large for a float32 is no model either.)
+
+    Args:
+        buffers: Names that are not looked at: a mask, say, may hold infinities on purpose.
     """
-    weights = host_state["model_state_dict"].values()
-    return all(_is_finite(tensor) for tensor in weights if tensor.is_floating_point())
+    return all(
+        _is_finite(value)
+        for name, value in host_state["model_state_dict"].items()
+        if name not in buffers and isinstance(value, Tensor) and value.is_floating_point()
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

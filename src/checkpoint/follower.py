@@ -63,6 +63,7 @@ class ShardFollower(Follower):
         super().__init__(policy, world)
         self._pieces = shards
         self._snapshotter: Snapshotter | None = None
+        self._buffers: frozenset[str] = frozenset()
         self._snapshot: Snapshot | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=yield_to_training)
         self._written: Future[None] | None = None
@@ -109,7 +110,7 @@ class ShardFollower(Follower):
     def _save(self, state: TrainState) -> None:
         self.wait()
         if self._snapshotter is None:
-            self._snapshotter = Snapshotter(state.device)
+            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
         self._snapshot, outline = take_snapshot(self._snapshotter, state, in_pieces=True)
         self._written = self._thread.submit(self._write, self._snapshot, outline)
 
@@ -123,7 +124,7 @@ class ShardFollower(Follower):
 
         folder = self._pieces.together(begin)[0]
         assert isinstance(folder, Path)
-        self._pieces.write(folder, outline, host_state, lambda: weights_are_finite(host_state))
+        self._pieces.write(folder, outline, host_state, lambda: weights_are_finite(host_state, self._buffers))
 
 
 def follower(policy: CheckpointPolicy, world: World, shards: ShardedWriter | None) -> Follower:

@@ -94,8 +94,7 @@ class RemoteCatalog:
         manifest_key, text = self._key(manifest.global_step, MANIFEST_NAME), (path / MANIFEST_NAME).read_bytes()
 
         def replace() -> None:
-            confirm()
-            self.bucket.delete(manifest_key)  # which describes what is replaced
+            self.bucket.delete(manifest_key, confirm)  # which describes what is replaced
 
         for name, entry in manifest.files.items():
             key, crc = self._key(manifest.global_step, name), crc_in(entry.checksum)
@@ -107,16 +106,15 @@ class RemoteCatalog:
                     log.warning("%s is not what is here (%s); it is uploaded again", self.bucket.url(key), there)
                 upload(self.bucket, path / name, key, entry.size, crc, progress, replace if there else confirm)
         before_commit()
-        confirm()
         try:
-            self.bucket.put(manifest_key, text, if_absent=True)
+            self.bucket.put(manifest_key, text, if_absent=True, confirm=confirm)
         except Conflict:
             # From an earlier life of the run that knew nothing of this one, or an answer was lost. The files are ours
             # now, so the manifest has to be.
             there_already = self.bucket.get(manifest_key)
             if there_already.body != text:
                 log.warning("%s was there already, from an earlier life; replaced", self.bucket.url(manifest_key))
-                self.bucket.put(manifest_key, text, if_match=there_already.etag)
+                self.bucket.put(manifest_key, text, if_match=there_already.etag, confirm=confirm)
 
     def fetch(self, global_step: int, folder: Path, progress: Progress = ignore) -> None:
         """Download a checkpoint into `folder`, and verify it; the manifest is written last.

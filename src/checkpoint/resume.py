@@ -241,6 +241,12 @@ def checkpoint_at(key: str, path: Path) -> Path:
 
 def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
     origin = place.rstrip("/") if is_url(place) else str(_folder_of(Path(place)).resolve())
+    own = catalog.directory.resolve()
+    if origin in (str(own), str(own.parent), mirror.url, f"{mirror.url}/checkpoints"):
+        found = newest_good(catalog, mirror)
+        if found is None:
+            raise ConfigError("resume", place, "has no checkpoint yet; leave it out to start")
+        return Found(*found, found[1].resumed_from, found[1].global_step)
     if _descends(catalog, mirror, origin):
         found = newest_good(catalog, mirror)
         if found is not None:

@@ -79,6 +79,7 @@ class Saver:
         self._committed = committed
         self._shards = shards
         self._snapshotter: Snapshotter | None = None
+        self._buffers: frozenset[str] = frozenset()
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=yield_to_training)
         self._looker = ThreadPoolExecutor(1, "checkpoint-finite", initializer=yield_to_training)
         self._prepared: Future[None] | None = None
@@ -87,7 +88,7 @@ class Saver:
         """Have host memory for snapshots of `state` allocated and touched in the background, so that the first
         save costs no more than the others. Does nothing the second time."""
         if self._snapshotter is None:
-            self._snapshotter = Snapshotter(state.device)
+            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
             # In containers of its own: the optimizer's are live, and training goes on.
             containers = map_tensors(state.state_dict(), local)
             self._prepared = self._thread.submit(self._snapshotter.prepare, containers)
@@ -100,7 +101,7 @@ class Saver:
         """
         begun, start = time.monotonic(), time.perf_counter()
         if self._snapshotter is None:
-            self._snapshotter = Snapshotter(state.device)
+            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.result()
@@ -144,7 +145,7 @@ class Saver:
         host_state = snapshot.complete()
         self._before_commit()
         loss = float(host_state["loss"])
-        finite = self._looker.submit(weights_are_finite, host_state)  # while the disk is busy
+        finite = self._looker.submit(weights_are_finite, host_state, self._buffers)  # while the disk is busy
         return host_state, replace(manifest, loss=loss, finite=math.isfinite(loss)), finite.result
 
     def _write_together(

@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -128,7 +128,9 @@ class Bucket:
         if self._cancelled.wait(delay):
             raise Cancelled("given up")
 
-    def ask(self, operation: str, key: str | None = None, **parameters: Any) -> Any:
+    def ask(
+        self, operation: str, key: str | None = None, confirm: Callable[[], None] = lambda: None, /, **parameters: Any
+    ) -> Any:
         """One request of boto3's client, tried again if what went wrong may pass.
 
         A response's `Body`, if there is one, is read: what the network does to it counts as part of the request.
@@ -136,6 +138,7 @@ class Bucket:
         Args:
             operation: As boto3 calls it; "put_object", say.
             key: Of the object, if it is about one.
+            confirm: Called before each try; if it raises, there is none.
 
         Raises:
             StoreError: it failed.
@@ -145,6 +148,7 @@ class Bucket:
         for attempt in itertools.count(1):
             if self._cancelled.is_set():
                 raise Cancelled("given up")
+            confirm()
             try:
                 with translated(self.url(key or parameters.get("Prefix", ""))):
                     answer = getattr(self._client, operation)(Bucket=self.name, **parameters)
@@ -183,8 +187,19 @@ class Bucket:
             answer["Body"], answer["ETag"], _age(answer["ResponseMetadata"]["HTTPHeaders"], answer["LastModified"])
         )
 
-    def put(self, key: str, body: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+    def put(
+        self,
+        key: str,
+        body: bytes,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> str:
         """Write a small object; on a condition: there is none of that name, or it has this ETag.
+
+        Args:
+            confirm: As in `ask`.
 
         Returns:
             Its ETag.
@@ -195,12 +210,13 @@ class Bucket:
         """
         conditions = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match else {}
         checksum = encode_crc(crc64nvme(body))
-        answer = self.ask("put_object", key, Body=body, ChecksumCRC64NVME=checksum, **conditions, **self.write_options)
+        options = {"ChecksumCRC64NVME": checksum, **conditions, **self.write_options}
+        answer = self.ask("put_object", key, confirm, Body=body, **options)
         return str(answer["ETag"])
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, confirm: Callable[[], None] = lambda: None) -> None:
         """Delete an object. No error if there is none."""
-        self.ask("delete_object", key)
+        self.ask("delete_object", key, confirm)
 
     def stat(self, key: str) -> Stat | None:
         """Size and checksum; None if there is no such object."""

@@ -56,7 +56,7 @@ class Lease:
         self._nonce = uuid.uuid4().hex
         self._renewals = 0
         self._etag = ""
-        self._renewed_at = 0.0  # on the monotonic clock; 0 while it is not held
+        self._renewed_at = 0.0  # by `_now`; 0 while it is not held
         self._one_at_a_time = threading.Lock()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
@@ -111,7 +111,7 @@ class Lease:
         Raises:
             StoreError: it is not known to be ours just now.
         """
-        if not self.lost and time.monotonic() - self._renewed_at > self._seconds / 2:
+        if not self.lost and _now() - self._renewed_at > self._seconds / 2:
             self._renew()
         if self.lost:
             raise StoreError(f"{self._bucket.url(self._key)} has been taken over by another machine")
@@ -171,7 +171,7 @@ class Lease:
             "seconds": self._seconds,
             "renewals": self._renewals,
         }
-        asked_at = time.monotonic()  # its time runs from here at the latest
+        asked_at = _now()  # its time runs from here at the latest
         self._etag = self._bucket.put(self._key, json.dumps(body).encode(), if_absent=if_absent, if_match=if_match)
         self._renewed_at = asked_at
 
@@ -189,3 +189,8 @@ class Lease:
         if not valid:  # not one of ours: it is in nobody's way for longer than one of ours would be
             return _Seen(found.etag, found.age, "", "", "something unreadable", self._seconds)
         return _Seen(found.etag, found.age, nonce, home, " ".join(holder.split())[:200], float(seconds))
+
+
+def _now() -> float:
+    """A monotonic clock that goes on while the machine sleeps, as the lease does."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -45,11 +45,14 @@ class LocalStorage:
         """A client for a bucket that a URL names; where it is and how to log in is for boto3's own settings to say."""
         return Bucket(bucket)
 
-    def preflight(self, directory: Path, checkpoint_bytes: int, copies: int) -> None:
+    def preflight(self, directory: Path, checkpoint_bytes: int, copies: int, makes_room: bool = True) -> None:
         """Find out before step 1 whether the disk can hold the run.
 
         Does once, with a small file, all that a save does (create, fsync, rename, delete), and
         compares the free space with what `copies` checkpoints of `checkpoint_bytes` bytes will take.
+
+        Args:
+            makes_room: The checkpoints that are there will be rotated away as new ones come.
 
         Raises:
             ConfigError: the folder cannot be written to, or the disk is too small.
@@ -66,8 +69,7 @@ class LocalStorage:
                 directory,
                 f"cannot be written to ({error.strerror}); free the disk, mend its permissions, or choose another",
             ) from error
-        # What a resumed run has there already will be rotated away as new ones come.
-        held = sum(file.stat().st_size for file in directory.glob("step_????????/*"))
+        held = sum(file.stat().st_size for file in directory.glob("step_????????/*")) if makes_room else 0
         held = min(held, copies * checkpoint_bytes)
         needed = copies * checkpoint_bytes + self.min_free_gb * _GB
         free = shutil.disk_usage(directory).free + held

@@ -101,13 +101,14 @@ class S3Storage(LocalStorage):
         """The full key of something below the prefix."""
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    def preflight(self, directory: Path, checkpoint_bytes: int, copies: int) -> None:
+    def preflight(self, directory: Path, checkpoint_bytes: int, copies: int, makes_room: bool = True) -> None:
         """Besides the disk, find out whether the bucket can be listed, written to, read from and deleted in.
 
         Raises:
             ConfigError: it cannot, and why; or the disk is not fit.
         """
-        super().preflight(directory, checkpoint_bytes, copies + 1)  # rotation leaves alone what is being uploaded
+        # Rotation leaves alone what is being uploaded.
+        super().preflight(directory, checkpoint_bytes, copies + 1, makes_room)
         key, body = self.key(f".probe-{uuid.uuid4().hex}"), b"Is this place fit to hold checkpoints?"
         try:
             bucket = self.connect(read_timeout=8, tries=1)

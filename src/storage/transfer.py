@@ -48,7 +48,7 @@ def upload(
 
     Args:
         crc: Of the bytes as they were written; None if there is no telling (a log that grows).
-        confirm: Called just before the object becomes what is uploaded; if it raises, it does not.
+        confirm: Called just before each try to have the object become what is uploaded; if it raises, it does not.
 
     Raises:
         Damaged: the file is not any more what was written.
@@ -114,8 +114,7 @@ def _upload_whole(
     found = int(crc64nvme(body))
     _compare(found, crc, key)
     bucket.pace(size)
-    confirm()
-    bucket.ask("put_object", key, Body=body, ChecksumCRC64NVME=encode_crc(found), **bucket.write_options)
+    bucket.ask("put_object", key, confirm, Body=body, ChecksumCRC64NVME=encode_crc(found), **bucket.write_options)
     return found
 
 
@@ -158,10 +157,10 @@ def _upload_parts(
                 whole = combine_crc64nvme(whole, found, length)
                 parts.append(sent)
         _compare(whole, crc, key)
-        confirm()
         bucket.ask(
             "complete_multipart_upload",
             key,
+            confirm,
             UploadId=upload_id,
             MultipartUpload={"Parts": parts},
             ChecksumCRC64NVME=encode_crc(whole),
