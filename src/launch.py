@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from src.preemption import Stopped
 from src.worker import in_sweep, is_worker, sweep_is_over
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_PATIENCE = 30.0  # seconds
 _TRACEBACKS = "HOLDFAST_TRACEBACKS"
 """Environment variable: HYDRA_FULL_ERROR as the user has set it, for the jobs of a sweep, too."""
 
@@ -92,6 +94,8 @@ def ending_the_program() -> Iterator[None]:
     except Exception as error:
         if is_main_process():
             print(f"error: {describe(error)}", file=sys.stderr)
+        else:
+            time.sleep(_PATIENCE)  # torchrun ends all ranks when one ends: not before rank 0 has said why
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -496,6 +496,6 @@ def test_uploads_of_the_mirror_are_no_part_of_trainings_random_numbers(
     network.truncate_downloads = 2
     busy(network)
     threading.Timer(1, lambda: setattr(network, "answer", None)).start()
-    monkeypatch.setattr(S3Storage, "preflight", lambda *arguments: None)
+    monkeypatch.setattr(S3Storage, "preflight", lambda *arguments, **more: None)
     assert train(*options, *on_s3(network, bucket)).status == 0
     assert differences(state(13), state(13, Path("outputs/plain"))) == []
