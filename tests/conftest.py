@@ -1,5 +1,6 @@
 """What the tests share: ways to run the real train.py, in a process of its own or in this one."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, settings
 
 from src import result, summary
+from src.checkpoint.manifest import summed
 from tests.store import KEY, SECRET, Network, Store
 
 # Several tests run at the same time: with more of OpenMP's threads than cores, they wait far longer than they work.
@@ -143,6 +145,13 @@ def _train(directory: Path, overrides: tuple[str, ...]) -> None:
     os.dup2(log, 2)
     sys.argv = ["train.py", *overrides]
     runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+
+
+def resummed(manifest: str) -> str:
+    """A manifest that was changed on purpose, with the checksum that it then has."""
+    data = json.loads(manifest)
+    data.pop("checksum", None)
+    return summed(json.dumps(data, indent=2))
 
 
 def children_of(process: int) -> list[int]:

@@ -15,6 +15,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
+from src.checkpoint.manifest import FORMAT, summed
+
 KEY, SECRET = "holdfast-test-key", "holdfast-test-secret-Zq9"
 READER, READER_SECRET = "holdfast-reader-key", "holdfast-reader-secret-Xw3"
 
@@ -262,7 +264,8 @@ def damage(store: Store, bucket: str, step: int, how: str) -> None:
     elif how == "missing":
         store.client().delete_object(Bucket=bucket, Key=f"{folder}/state.pt")
     elif how == "no manifest of ours":
-        store.write(bucket, f"{folder}/manifest.json", b'{"format": 1, "files": {"../../../../evil": {}}}')
+        evil = {"format": FORMAT, "files": {"../../../../evil": {}}}
+        store.write(bucket, f"{folder}/manifest.json", summed(json.dumps(evil, indent=2)).encode())
 
 
 def drop(network: Network) -> None:

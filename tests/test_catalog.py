@@ -16,11 +16,12 @@ from src.checkpoint import catalog
 from src.checkpoint.__main__ import main as command_line
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checksum import verify_file
-from src.checkpoint.manifest import CorruptCheckpoint, FileEntry, Manifest, read_manifest
+from src.checkpoint.manifest import CorruptCheckpoint, FileEntry, Manifest, parse_manifest, read_manifest
 from src.checkpoint.policy import EverySteps
 from src.checkpoint.resume import load_checkpoint, newest_good
 from src.checkpoint.writer import write_checkpoint
 from src.errors import CheckpointError
+from tests.conftest import resummed
 
 
 def write(directory: Path, step: int, **manifest: Any) -> Path:
@@ -30,7 +31,7 @@ def write(directory: Path, step: int, **manifest: Any) -> Path:
 
 def edit_manifest(path: Path, **changes: Any) -> None:
     file = path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(resummed(json.dumps(json.loads(file.read_text()) | changes)))
 
 
 def clear(folder: Path) -> None:
@@ -221,7 +222,7 @@ def test_invariant_9_a_manifest_cannot_name_files_outside_its_folder(tmp_path: P
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format": 0}, {"format": "1"}, {"global_step": "100"}, {"epoch": None}, {"metrics": {"a": "b"}}, {"files": [1]}]
+    [{"format": "1"}, {"global_step": "100"}, {"epoch": None}, {"metrics": {"a": "b"}}, {"files": [1]}]
     + [{"files": {"state.pt": {"size": -1, "checksum": "x"}}}, {"files": {"state.pt": 5}}, {"config": 3}],
 )
 def test_invariant_9_a_manifest_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -232,10 +233,27 @@ def test_invariant_9_a_manifest_of_another_shape_is_refused(tmp_path: Path, chan
 
 
 def test_a_manifest_of_a_newer_format_is_no_damage(tmp_path: Path) -> None:
-    edit_manifest(write(tmp_path, 100), format=2)
-    with pytest.raises(CheckpointError, match="format 2, this code reads 1"):
+    edit_manifest(write(tmp_path, 100), format=3)
+    with pytest.raises(CheckpointError, match="format 3, this code reads 2"):
         newest_good(Catalog(tmp_path))
     assert Catalog(tmp_path).paths() == [tmp_path / "step_00000100"]
+
+
+def test_nor_is_one_of_the_first_format_which_had_no_checksum_of_its_own(tmp_path: Path) -> None:
+    file = write(tmp_path, 100) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    with pytest.raises(CheckpointError, match="format 1, this code reads 2"):
+        newest_good(Catalog(tmp_path))
+    assert Catalog(tmp_path).paths() == [tmp_path / "step_00000100"]
+
+
+def test_a_manifest_in_which_any_bit_has_flipped_is_damaged(tmp_path: Path) -> None:
+    """Most of them leave it JSON, some of another config or with other metrics."""
+    text = (write(tmp_path, 100, config={"data": {"classes": 10}}) / "manifest.json").read_bytes()
+    for place, byte in enumerate(text):
+        for bit in range(8):
+            with pytest.raises(CorruptCheckpoint):
+                parse_manifest(text[:place] + bytes([byte ^ 1 << bit]) + text[place + 1 :], "manifest.json")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.pt"])

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.checkpoint.catalog import Catalog, verify
 from src.checkpoint.checksum import format_checksum
-from src.checkpoint.manifest import CorruptCheckpoint, Manifest, parse_manifest
+from src.checkpoint.manifest import FORMAT, CorruptCheckpoint, Manifest, parse_manifest, summed
 from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.resume import load_checkpoint
 from src.checkpoint.run_files import RunFiles
@@ -57,6 +57,7 @@ def test_any_bytes_as_a_manifest(text: bytes) -> None:
 @example([[]] * 10)
 def test_any_json_as_a_manifest(value: Any) -> None:
     parsed(json.dumps(value).encode())
+    parsed(summed(json.dumps(value, indent=2)).encode())
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"format": 1e999}', b'{"format": ' + b"1" * 5000 + b"}"])
@@ -69,11 +70,11 @@ def test_a_manifest_with_one_thing_changed(data: st.DataObject) -> None:
     entry = {"size": 1, "checksum": "crc64nvme:0000000000000000"}
     empty: dict[str, Any] = {"best": None, "environment": {}, "config": {}, "created": "", "resumed_from": None}
     files, metrics = {"state.pt": entry}, {"a": 1.0}
-    manifest = empty | {"format": 1, "global_step": 3, "epoch": 0, "files": files, "metrics": metrics, "loss": 0.5}
+    manifest = empty | {"format": FORMAT, "global_step": 3, "epoch": 0, "files": files, "metrics": metrics, "loss": 0.5}
     place = data.draw(st.sampled_from([manifest, files, entry, metrics]))
     assert isinstance(place, dict)
     place[data.draw(st.sampled_from([*place, "../../evil", "/etc/passwd"]))] = data.draw(json_values)
-    found = parsed(json.dumps(manifest).encode())
+    found = parsed(summed(json.dumps(manifest, indent=2)).encode())
     if found is not None:
         assert all("/" not in name and name not in (".", "..") for name in found.files)
         found.to_json()
@@ -88,8 +89,8 @@ def checkpoint_of(directory: Path, content: bytes) -> Path:
     path.mkdir(exist_ok=True)
     (path / "state.pt").write_bytes(content)
     entry = {"size": len(content), "checksum": format_checksum(crc64nvme(content))}
-    manifest = {"format": 1, "global_step": 3, "epoch": 0, "files": {"state.pt": entry}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {"format": FORMAT, "global_step": 3, "epoch": 0, "files": {"state.pt": entry}}
+    (path / "manifest.json").write_text(summed(json.dumps(manifest, indent=2)))
     assert verify(path)
     return path
 

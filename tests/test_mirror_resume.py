@@ -15,7 +15,7 @@ from src.checkpoint.manifest import CorruptCheckpoint
 from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.run_files import RunFiles
 from src.storage.bucket import Bucket
-from tests.conftest import TINY, Result
+from tests.conftest import TINY, Result, resummed
 from tests.store import ROOT, RUN, Network, Store, damage, on_s3, steps_here, steps_there
 from tests.test_resume import differences, state
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_was_saved_broken_does_not_block_the_one_before(
     body = (folder / "state.pt").read_bytes()
     manifest["files"]["state.pt"] = {"size": len(body), "checksum": f"crc64nvme:{crc64nvme(body):016x}"}
     store.write(bucket, f"{ROOT}/checkpoints/step_00000013/state.pt", body)
-    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/manifest.json", json.dumps(manifest).encode())
+    store.write(bucket, f"{ROOT}/checkpoints/step_00000013/manifest.json", resummed(json.dumps(manifest)).encode())
     shutil.rmtree(RUN)
     result = train(*options, "trainer.epochs=1")
     assert result.status == 0, result.output

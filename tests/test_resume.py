@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src.checkpoint.catalog import verify
-from tests.conftest import TINY, Result
+from tests.conftest import TINY, Result, resummed
 
 Train = Callable[..., Result]
 RUN = Path("outputs/tiny")
@@ -209,9 +209,8 @@ def test_what_was_retired_forbids_to_start_over_unasked(train: Train) -> None:
 def test_other_data_under_the_run_is_refused(train: Train) -> None:
     train(*TINY, "trainer.epochs=1")
     (manifest,) = RUN.glob("checkpoints/*/manifest.json")
-    manifest.write_text(
-        manifest.read_text().replace('"train_size": 200,\n      "val', '"train_size": 100,\n      "val')
-    )
+    changed = manifest.read_text().replace('"train_size": 200,\n      "val', '"train_size": 100,\n      "val')
+    manifest.write_text(resummed(changed))
     result = train(*TINY, "trainer.epochs=2")
     assert result.status == 2
     assert "data_set.train_size: 100 -> 200" in result.output
@@ -259,7 +258,8 @@ def test_settings_that_do_not_change_the_result_may_change(train: Train) -> None
 def test_another_machine_is_mentioned(train: Train) -> None:
     train(*TINY, "trainer.epochs=1")
     for manifest in RUN.glob("checkpoints/*/manifest.json"):
-        manifest.write_text(manifest.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
+        changed = manifest.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"')
+        manifest.write_text(resummed(changed))
     result = train(*TINY, "trainer.epochs=2")
     assert result.status == 0
     assert f"torch 2.0 -> {torch.__version__}" in result.output

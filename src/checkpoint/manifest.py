@@ -8,15 +8,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from awscrt.checksums import crc64nvme
+
 from src.checkpoint.policy import Saved
 from src.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.pt"
 
 # One path component, so a manifest from elsewhere cannot name a file outside its own folder.
 _FILE_NAME = re.compile(r"\.metadata|[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+# The last line is about all above it: one flipped bit may leave it JSON, of another config, say.
+_LAST_LINE = ',\n  "checksum": "crc64nvme:{crc:016x}"\n}}\n'
+_LENGTH = len(_LAST_LINE.format(crc=0))
 
 
 NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -78,16 +84,22 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
     def to_json(self) -> str:
-        """Strict JSON: a number that is not finite becomes null."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+        """Strict JSON, with a checksum of its own: a number that is not finite becomes null."""
+        return summed(json.dumps(_finite(asdict(self)), indent=2, allow_nan=False))
+
+
+def summed(body: str) -> str:
+    """A JSON object, as `json.dumps` indents it by two, with its checksum as a last entry."""
+    start = body.removesuffix("\n}")
+    return start + _LAST_LINE.format(crc=crc64nvme(start.encode()))
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        CorruptCheckpoint: it is missing, or is not JSON of the expected shape.
-        CheckpointError: it is of a newer format: good, but not for this code.
+        CorruptCheckpoint: it is missing, not JSON of the expected shape, or not what was written.
+        CheckpointError: it is of another format: good, but not for this code.
         OSError: the disk cannot be read just now, which says nothing about the checkpoint.
     """
     try:
@@ -103,8 +115,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         where: Path or URL, for the error.
 
     Raises:
-        CorruptCheckpoint: it is not JSON of the expected shape.
-        CheckpointError: it is of a newer format: good, but not for this code.
+        CorruptCheckpoint: it is not JSON of the expected shape, or not what was written.
+        CheckpointError: it is of another format: good, but not for this code.
     """
     file_name = where.rpartition("/")[2]
     try:
@@ -120,12 +132,14 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
     if not isinstance(data, dict):
         raise CorruptCheckpoint(f"{file_name} is not an object")
-    if take("format", int) > FORMAT:
+    start, last_line = text[:-_LENGTH], text[-_LENGTH:]
+    is_whole = last_line == _LAST_LINE.format(crc=crc64nvme(start)).encode()
+    if take("format", int) != FORMAT and (is_whole or data["format"] == 1):  # which had no checksum
         raise CheckpointError(
             f"{where} has format {data['format']}, this code reads {FORMAT}: use the code that wrote it"
         )
-    if data["format"] != FORMAT:
-        raise CorruptCheckpoint(f"{file_name} has format {data['format']}")
+    if not is_whole:
+        raise CorruptCheckpoint(f"{file_name} is not what was written: its own checksum is another")
     files = {}
     for name, entry in take("files", dict).items():
         size, checksum = (entry.get("size"), entry.get("checksum")) if isinstance(entry, dict) else (None, None)
