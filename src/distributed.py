@@ -24,6 +24,9 @@ from torch.distributed.rendezvous import rendezvous
 from src.checkpoint.snapshot import OnTensor, TensorPath, is_dense, map_tensors, map_tensors_by_path
 from src.errors import DivergedError, HoldfastError, PeerLost, WorkerLost
 
+PARENT = os.getppid()
+"""What started this process. Looked at as early as can be: it may die while this process imports, or downloads."""
+
 TIMEOUT = timedelta(hours=1)
 """For how long a rank waits for others: rank 0 may have a large checkpoint to fetch, any of them a piece to write."""
 
@@ -89,7 +92,6 @@ class Ranks(World):
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
-        self._agent = os.getppid()
         on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
         # What is on the host goes by gloo, also on machines with GPUs: nothing that is told each step waits for one.
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -154,8 +156,8 @@ class Ranks(World):
         """Have torchrun not start anew what has ended on purpose. This process is about to end by itself."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as another has ended
         restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        if restarts and self.local_rank == 0 and os.getppid() == self._agent:
-            os.kill(self._agent, signal.SIGTERM)
+        if restarts and self.local_rank == 0 and os.getppid() == PARENT:
+            os.kill(PARENT, signal.SIGTERM)
 
     @contextmanager
     def one_per_node_first(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ class Stopped(BaseException):
             f"stopped by {reason} after step {global_step}, which is saved; run the same command again to go on"
         )
         self.exit_code = 128 + signals[0]
-        self._signals = list(dict.fromkeys(signals))
+        self._signals = signals
         self._by_signal = reason == signal.Signals(signals[0]).name
 
     def hand_on(self) -> None:
@@ -84,8 +84,7 @@ class Stop:
         self.reason = ""
         self._grace = grace
         self._world = world
-        self.signals: list[int] = []
-        """The numbers of all that came, each once, the first one first."""
+        self._signals: dict[int, None] = {}  # a set in order, which two threads may add to at once
         self._deadline = float("inf")
         self._may_leave = False
         self._out_of_the_loop = threading.Event()
@@ -117,9 +116,14 @@ class Stop:
             self._bell.close()
 
     @property
+    def signals(self) -> list[int]:
+        """The numbers of all that came, each once, the first one first."""
+        return list(self._signals)
+
+    @property
     def requested(self) -> int | None:
         """The number of the signal that came first, if one did."""
-        return self.signals[0] if self.signals else None
+        return next(iter(self.signals), None)
 
     def request(self, reason: str) -> None:
         """Ask from another thread, as SIGTERM would."""
@@ -208,8 +212,7 @@ class Stop:
         if self.requested is None:
             self._deadline = time.monotonic() + self._grace
             self.reason = self.reason or signal.Signals(number).name
-        if number not in self.signals:
-            self.signals.append(number)
+        self._signals.setdefault(number)
 
     def _listen(self) -> None:
         first: float | None = None

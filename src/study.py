@@ -66,7 +66,7 @@ def queue_lost_trials(study: optuna.Study) -> int:
     for trial in trials:
         # Of one that was killed while its parameters were drawn there are only some.
         is_known = any(trial.params.items() <= params.items() for params in known)
-        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and not is_known:
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params and not is_known:
             study.enqueue_trial(trial.params)
             known.append(trial.params)
         if trial.state is TrialState.RUNNING:

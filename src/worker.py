@@ -14,12 +14,12 @@ from hydra.types import RunMode
 from torch.distributed import is_torchelastic_launched
 
 from src.background import yield_to_training
+from src.distributed import PARENT
 from src.preemption import STOP_SIGNALS, Stop
 
 SWEEP = "HOLDFAST_SWEEP"
 """Environment variable, set by a sweep and inherited by its jobs, whatever launcher starts them: `process-id`."""
 
-_PARENT = os.getppid()  # as early as can be: it may die while this process imports, or downloads
 _EVERY = 0.2  # seconds between looks
 _IDLE_WATCH = "idle-watch"
 _at_work = threading.Event()
@@ -87,7 +87,7 @@ def watch_parent(stop: Stop) -> Iterator[None]:
 
     def reason() -> str | None:
         if is_torchelastic_launched():
-            return "the death of torchrun" if os.getppid() != _PARENT else None
+            return "the death of torchrun" if os.getppid() != PARENT else None
         return sweep_is_over()
 
     if not is_worker() and not is_torchelastic_launched():

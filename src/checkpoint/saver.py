@@ -88,10 +88,10 @@ class Saver:
         """Have host memory for snapshots of `state` allocated and touched in the background, so that the first
         save costs no more than the others. Does nothing the second time."""
         if self._snapshotter is None:
-            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
+            snapshotter = self._snapshotter_of(state)
             # In containers of its own: the optimizer's are live, and training goes on.
             containers = map_tensors(state.state_dict(), local)
-            self._prepared = self._thread.submit(self._snapshotter.prepare, containers)
+            self._prepared = self._thread.submit(snapshotter.prepare, containers)
 
     def start(self, state: TrainState, manifest: Manifest) -> Save:
         """Begin to save `state`. The one before has to be committed, or to have failed.
@@ -100,12 +100,11 @@ class Saver:
             MemoryError: there is no room for a snapshot.
         """
         begun, start = time.monotonic(), time.perf_counter()
-        if self._snapshotter is None:
-            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
+        snapshotter = self._snapshotter_of(state)
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
             prepared.result()
-        snapshot, outline = take_snapshot(self._snapshotter, state, in_pieces=self._shards is not None)
+        snapshot, outline = take_snapshot(snapshotter, state, in_pieces=self._shards is not None)
         committed = self._thread.submit(self._write, snapshot, manifest, outline)
         return Save(state.global_step, begun, time.perf_counter() - start, snapshot, committed)
 
@@ -129,6 +128,11 @@ class Saver:
         self._looker.shutdown(wait=True)
         if self._snapshotter is not None:
             self._snapshotter.close()
+
+    def _snapshotter_of(self, state: TrainState) -> Snapshotter:
+        if self._snapshotter is None:
+            self._snapshotter, self._buffers = Snapshotter(state.device), state.buffer_names()
+        return self._snapshotter
 
     def _write(self, snapshot: Snapshot, manifest: Manifest, outline: Outline) -> Committed:
         if self._shards is None:
