@@ -10,6 +10,7 @@ import optuna
 from omegaconf import DictConfig, open_dict, read_write
 from optuna.trial import TrialState
 
+from src.checkpoint.policy import direction_of
 from src.errors import ConfigError
 from src.run import locked, run_name
 
@@ -40,7 +41,7 @@ def continue_study(config: DictConfig) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of queueing trials
     with read_write(config), open_dict(config):
-        sweeper.direction = f"{config.checkpoint.mode}imize"
+        sweeper.direction = f"{direction_of(config.checkpoint.monitor, config.checkpoint.mode)}imize"
         sweeper.study_name = sweeper.study_name or run_name(None, config.hydra.overrides.task)
         sweeper.storage = sweeper.storage or f"sqlite:///{directory}/optuna.db"
         if "hydra.sweeper.max_failure_rate" not in given:

@@ -148,7 +148,7 @@ WRONG = {
     "checkpoint.keep=0": "checkpoint.keep=0: must be",
     "checkpoint.keep_best=-1": "checkpoint.keep_best=-1: must be",
     "checkpoint.keep_every=0": "checkpoint.keep_every=0: must be",
-    "checkpoint.mode=best": "checkpoint.mode=best: must be one of max, min",
+    "checkpoint.mode=best": "checkpoint.mode=best: must be one of auto, max, min",
     "checkpoint.monitor=accuracy": "checkpoint.monitor=accuracy: must be one of val/loss, val/accuracy",
     "checkpoint.max_failures=0": "checkpoint.max_failures=0: must be",
     "checkpoint=_retention": "names no _target_",

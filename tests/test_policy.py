@@ -92,12 +92,27 @@ def test_a_step_is_not_saved_twice() -> None:
 
 
 def test_the_best_beats_the_reigning_one_in_its_mode() -> None:
-    policy = EverySteps(monitor="val/loss", mode="min")
+    policy = EverySteps(monitor="val/loss")
     first = policy.best_of(None, {"val/loss": 0.5}, 10)
     assert first == {"metric": "val/loss", "mode": "min", "value": 0.5, "global_step": 10}
     assert policy.best_of(first, {"val/loss": 0.6}, 20) == first
     assert policy.best_of(first, {"val/loss": 0.5}, 20) == first, "a tie leaves the older one"
     assert policy.best_of(first, {"val/loss": 0.4}, 20) == {**first, "value": 0.4, "global_step": 20}
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "direction"),
+    [
+        ("val/loss", "auto", "min"),
+        ("val/accuracy", "auto", "max"),
+        ("val/loss", "max", "max"),
+        ("val/accuracy", "min", "min"),
+    ],
+)
+def test_the_best_of_a_loss_is_the_smallest_unless_it_is_said_otherwise(
+    monitor: str, mode: str, direction: str
+) -> None:
+    assert EverySteps(monitor=monitor, mode=mode).direction == direction
 
 
 def test_nan_is_never_the_best() -> None:

@@ -65,7 +65,7 @@ def test_what_may_be_something_to_do_is_looked_into(train: Train) -> None:
     train(*SHORT)
     for more, says in (
         (("optimizer.lr=0.02",), "error: resume=step 4: this checkpoint was trained with other settings"),
-        (("checkpoint.monitor=val/loss", "checkpoint.mode=min"), "nothing left to train"),
+        (("checkpoint.monitor=val/loss",), "nothing left to train"),
         (("checkpoint.keep=2",), "nothing left to train"),
         (("resume=outputs/tiny/checkpoints/step_00000003",), "step_00000003: step 3"),
         (("trainer.epochs=3",), "step_00000004: step 4"),

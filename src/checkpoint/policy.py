@@ -44,6 +44,13 @@ class Saved:
     """Loss and weights are numbers."""
 
 
+def direction_of(monitor: str, mode: str) -> str:
+    """Whether the best of a metric is its `max` or its `min`."""
+    if mode == "auto":
+        return "min" if monitor.endswith("loss") else "max"
+    return mode
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy(ABC):
     """Keeps the newest `keep` checkpoints, the `keep_best` best, and one per `keep_every` steps."""
@@ -54,10 +61,10 @@ class CheckpointPolicy(ABC):
     """The number of best checkpoints kept beside them; 0 for none. A new best is always saved."""
     monitor: str = "val/accuracy"
     """The metric that ranks checkpoints."""
-    mode: str = "max"
-    """Whether the best `monitor` is its `max` or its `min`."""
+    mode: str = "auto"
+    """Whether the best `monitor` is its `max` or its `min`; `auto`: the min of a loss, the max of all else."""
     keep_every: int | None = None
-    """Keep one checkpoint out of each stretch of this many steps for ever."""
+    """Keep for ever the first checkpoint of each stretch of this many steps, but for the stretch that begins at 0."""
     max_failures: int = 3
     """Stop training when this many saves in a row have failed."""
     retry_after: float = 30.0
@@ -66,7 +73,7 @@ class CheckpointPolicy(ABC):
     def __post_init__(self) -> None:
         require_int("checkpoint.keep", self.keep, 1, "newest checkpoints to keep")
         require_int("checkpoint.keep_best", self.keep_best, 0, "best checkpoints to keep; 0 for none")
-        require_choice("checkpoint.mode", self.mode, ("max", "min"))
+        require_choice("checkpoint.mode", self.mode, ("auto", "max", "min"))
         if self.keep_every is not None:
             require_int("checkpoint.keep_every", self.keep_every, 1, "steps; or null")
         require_int("checkpoint.max_failures", self.max_failures, 1, "failed saves in a row")
@@ -92,12 +99,12 @@ class CheckpointPolicy(ABC):
         """
         value = metrics[self.monitor]
         # A best by another metric or mode (the setting was changed) says nothing about this one.
-        same = best and (best["metric"], best["mode"]) == (self.monitor, self.mode)
+        same = best and (best["metric"], best["mode"]) == (self.monitor, self.direction)
         reigning = dict(best) if best and same else None
         if math.isnan(value):
             return reigning
         if reigning is None or (value - reigning["value"]) * self._sign > 0:
-            return {"metric": self.monitor, "mode": self.mode, "value": value, "global_step": global_step}
+            return {"metric": self.monitor, "mode": self.direction, "value": value, "global_step": global_step}
         return reigning
 
     def to_keep(self, saved: Sequence[Saved]) -> set[int]:
@@ -127,8 +134,13 @@ class CheckpointPolicy(ABC):
         return self.keep + self.keep_best + 1
 
     @property
+    def direction(self) -> str:
+        """`max` or `min`: what `mode` comes to."""
+        return direction_of(self.monitor, self.mode)
+
+    @property
     def _sign(self) -> int:
-        return 1 if self.mode == "max" else -1
+        return 1 if self.direction == "max" else -1
 
 
 @dataclass(frozen=True, kw_only=True)
