@@ -1,5 +1,6 @@
 """The errors a user can act on, and the checks that raise them. Each is shown as one line."""
 
+import json
 import math
 import re
 from typing import Any
@@ -18,7 +19,8 @@ class ConfigError(HoldfastError):
     exit_code = 2
 
     def __init__(self, key: str, value: Any, remedy: str) -> None:
-        super().__init__(f"{key}={value}: {remedy}")
+        as_written = json.dumps(value) if value is None or isinstance(value, bool) else value
+        super().__init__(f"{key}={as_written}: {remedy}")
 
 
 class CheckpointError(HoldfastError):

@@ -1,5 +1,7 @@
 """Everything between the command line and our own code: Hydra's objects, and how errors are shown."""
 
+import difflib
+import inspect
 import logging
 import math
 import os
@@ -15,12 +17,14 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
 from src.worker import in_sweep, is_worker, sweep_is_over
+
+log = logging.getLogger(__name__)
 
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _PATIENCE = 30.0  # seconds
@@ -53,7 +57,8 @@ def build(group: str, config: DictConfig, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_types(group: str, config: DictConfig) -> None:
-    """Hold plain values against the annotations of the target that will receive them.
+    """Hold settings against the parameters of the target that will receive them, and plain values against their
+    annotations.
 
     What python would only trip over later, or not at all (`nesterov=perhaps`, `lr=nan`), is an error here.
 
@@ -63,6 +68,11 @@ def check_types(group: str, config: DictConfig) -> None:
     if not config.get("_target_"):
         raise ConfigError(group, dict(config), "names no _target_; choose another option of the group")
     target = get_object(config["_target_"])
+    parameters = inspect.signature(target).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in _settings(config).items():
+        if name not in parameters and not takes_any:
+            raise ConfigError(f"{group}.{name}", value, f"{config['_target_']} has no such setting; leave it out")
     try:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
     except NameError:  # an annotation that only exists for type checkers
@@ -93,7 +103,7 @@ def ending_the_program() -> Iterator[None]:
         yield
     except Exception as error:
         if is_main_process():
-            print(f"error: {describe(error)}", file=sys.stderr)
+            say(f"error: {describe(error)}")
         else:
             time.sleep(_PATIENCE)  # torchrun ends all ranks when one ends: not before rank 0 has said why
         sys.exit(getattr(error, "exit_code", 1))
@@ -147,22 +157,30 @@ def one_line_errors() -> Iterator[None]:
         if is_worker():
             raise HoldfastError(str(stopped)) from None
         if is_main_process():
-            print(stopped, file=sys.stderr)
+            say(str(stopped))
         stopped.hand_on()
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:  # before training began
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        say("interrupted; run the same command again to go on")
         sys.exit(130)
     except Exception as error:
         in_job = HydraConfig.initialized()
         known = not in_job or isinstance(error, HoldfastError | CompactHydraException | OmegaConfBaseException)
         if os.environ[_TRACEBACKS] != "0" or not known:
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip())
         if in_sweep():
             raise
         if known:
-            print(f"error: {describe(error)}", file=sys.stderr)
+            say(f"error: {describe(error)}")
         sys.exit(getattr(error, "exit_code", ConfigError.exit_code if known else 1))
+
+
+def say(text: str) -> None:
+    """Say why the program ends: on the terminal, and in the run's log, which may outlive it."""
+    print(text, file=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
 
 
 def describe(error: BaseException) -> str:
@@ -182,7 +200,31 @@ def _text_of(error: BaseException) -> str:
                 f"{refusal.filename}: {refusal.strerror}. The run directory must be writable and have free space; "
                 "choose another with hydra.run.dir=PATH"
             )
-    # Hydra keeps the telling half of some messages in the cause.
-    if isinstance(error, CompactHydraException) and isinstance(error.__cause__, OmegaConfBaseException):
-        return f"{error} {error.__cause__}"
-    return str(error) or type(error).__name__
+    if isinstance(error, CompactHydraException | OmegaConfBaseException):
+        for refusal in chain:
+            if isinstance(refusal, ConfigKeyError | ConfigAttributeError) and refusal.full_key:
+                return _no_such_setting(str(refusal.full_key), refusal.parent_node)
+            if isinstance(refusal, MissingMandatoryValue) and refusal.full_key:
+                return f"{refusal.full_key}: is required; say {refusal.full_key}=VALUE"
+        # Hydra keeps the telling half of some messages in the cause.
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            return f"{error} {error.__cause__}"
+    return str(error).partition("\nConfig search path:")[0] or type(error).__name__
+
+
+def _no_such_setting(key: str, group: Any) -> str:
+    """
+    Args:
+        key: The dotted key that does not exist.
+        group: The node of the config in which the last part of it was looked for.
+    """
+    if not isinstance(group, DictConfig) or not group:  # but a value
+        return f"{key}: there is no such setting"
+    *path, name = key.split(".")
+    beside = {str(other): ".".join((*path, str(other))) for other in group if not str(other).startswith("_")}
+    groups = OmegaConf.to_container(group._get_root())
+    assert isinstance(groups, dict)
+    elsewhere = [f"{other!s}.{name}" for other, keys in groups.items() if isinstance(keys, dict) and name in keys]
+    close = [beside[other] for other in difflib.get_close_matches(name, beside, n=1)] or elsewhere
+    remedy = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(beside.values())}"
+    return f"{key}: there is no such setting; {remedy}"

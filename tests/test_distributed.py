@@ -170,7 +170,7 @@ def test_two_ranks_take_the_step_that_one_would(train: Callable[..., Result], tr
     ("override", "error"),
     [
         ("trainer.strategy=none", r"trainer\.strategy=none: .* torchrun has started 2; choose trainer=ddp"),
-        ("storage=s3", r"storage\.bucket=None: "),  # which only rank 0 looks at
+        ("storage=s3", r"storage\.bucket=null: "),  # which only rank 0 looks at
     ],
 )
 def test_what_is_wrong_is_said_once(training: Training, override: str, error: str) -> None:

@@ -166,7 +166,7 @@ def test_the_command_says_it_in_one_line(train: Callable[..., Result], store: St
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"bucket": None}, "storage.bucket=None: name the bucket"),
+        ({"bucket": None}, "storage.bucket=null: name the bucket"),
         ({"bucket": "b/path"}, "a path goes in storage.prefix"),
         ({"prefix": "../elsewhere"}, "storage.prefix="),
         ({"prefix": "a//b"}, "storage.prefix="),
