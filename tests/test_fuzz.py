@@ -68,7 +68,14 @@ def test_json_that_breaks_parsers(text: bytes) -> None:
 @given(st.data())
 def test_a_manifest_with_one_thing_changed(data: st.DataObject) -> None:
     entry = {"size": 1, "checksum": "crc64nvme:0000000000000000"}
-    empty: dict[str, Any] = {"best": None, "environment": {}, "config": {}, "created": "", "resumed_from": None}
+    empty: dict[str, Any] = {
+        "best": None,
+        "environment": {},
+        "config": {},
+        "created": "",
+        "resumed_from": None,
+        "fork": None,
+    }
     files, metrics = {"state.pt": entry}, {"a": 1.0}
     manifest = empty | {"format": FORMAT, "global_step": 3, "epoch": 0, "files": files, "metrics": metrics, "loss": 0.5}
     place = data.draw(st.sampled_from([manifest, files, entry, metrics]))

@@ -112,6 +112,45 @@ def test_going_back_on_another_machine_counts_on_this_one(train: Train, store: S
     assert differences(state(13), fetched(store, bucket, 13)) == []
 
 
+def test_starting_over_where_the_bucket_could_not_see_it_counts_all_the_same(
+    train: Train, store: Store, bucket: str
+) -> None:
+    options = (*TINY, "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, *on_s3(store, bucket), "trainer.epochs=2")
+    train(*options, "resume=never", "trainer.epochs=1")
+    result = train(*options, *on_s3(store, bucket), "trainer.epochs=1")
+    assert "begun anew on purpose since" in result.output
+    assert "step 13, epoch 1" in result.output
+    assert steps_there(store, bucket) == [5, 10, 13]
+
+
+def test_starting_over_because_the_mirror_was_forgotten_abandons_nothing(
+    train: Train, store: Store, bucket: str
+) -> None:
+    options = (*TINY, "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, *on_s3(store, bucket), "trainer.epochs=2")
+    shutil.rmtree(RUN)
+    train(*options, "trainer.epochs=1")
+    result = train(*options, *on_s3(store, bucket), "trainer.epochs=2")
+    assert "step 26, epoch 2" in result.output
+    assert 26 in steps_there(store, bucket)
+
+
+def test_going_back_to_a_path_is_done_once_also_if_the_project_lies_elsewhere_now(
+    train: Train, store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(*TINY, "run=base", "trainer.epochs=1")
+    command = (*TINY, *on_s3(store, bucket), "resume=outputs/base", "trainer.epochs=2")
+    train(*command)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # another machine: base is not here, nor is the run
+    result = train(*command)
+    assert result.status == 0, result.output
+    assert "resume=outputs/base: already done" in result.output
+    assert "step 26, epoch 2" in result.output
+    assert steps_there(store, bucket) == [13, 26]
+
+
 # --- damage in the bucket ---
 
 

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 from src.checkpoint.catalog import CORRUPT, OLD, RETIRED, Catalog
 from src.checkpoint.cost import CostMeter
-from src.checkpoint.manifest import CorruptCheckpoint, Manifest
+from src.checkpoint.manifest import CorruptCheckpoint, Fork, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.policy import CheckpointPolicy, Progress
 from src.checkpoint.remote import at_hand
-from src.checkpoint.resume import check_compatible, find_to_resume, reader_of
+from src.checkpoint.resume import check_compatible, find_to_resume, new_fork, reader_of
 from src.checkpoint.saver import Save, Saver
 from src.checkpoint.sharded import ShardedWriter
 from src.checkpoint.snapshot import OnTensor
@@ -86,6 +86,7 @@ class Checkpointer:
         self._saving: Save | None = None
         self._meter = CostMeter()
         self._resumed_from: str | None = None
+        self._fork: Fork | None = None
         self._waited = self._waited_when_warned = 0.0  # seconds, for the disk
         self._failures = 0
         self._retry_at = 0.0  # on the clock of Progress.seconds
@@ -135,7 +136,7 @@ class Checkpointer:
             self._load(state, found.state, reader_of(found.path))
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"{found.path}: {error}") from error
-        self._resumed_from = found.origin
+        self._resumed_from, self._fork = found.origin, found.fork
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
         # Only now, when it is known to fit, is anything abandoned for it.
@@ -239,6 +240,7 @@ class Checkpointer:
             with at_hand("init_from", init_from, self._mirror.connect, self.catalog.directory) as path:
                 self._load(state, {"model_state_dict": find_weights(path, state.model, init_from)})
         if resume == "never":
+            self._fork = new_fork(above=-1)
             for path in [
                 *self.catalog.paths(),
                 *self.catalog.were_set_aside(CORRUPT),
@@ -353,6 +355,7 @@ class Checkpointer:
             metrics=dict(state.metrics) if state.evaluated else {},
             best=state.best,
             resumed_from=self._resumed_from,
+            fork=self._fork,
             world_size=self._world.size,
             environment=self._environment,
             config=self._config,

@@ -44,6 +44,16 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Where training went back on purpose (`resume=PATH`, `resume=never`), and abandoned what it had come to."""
+
+    above: int
+    """The step above which the run's checkpoints of that time do not count any more; -1 if none does."""
+    id: str
+    """That no other fork has."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`."""
 
@@ -63,6 +73,8 @@ class Manifest:
     """The best evaluation so far: `metric`, `mode`, `value`, `global_step`."""
     resumed_from: str | None = None
     """The `resume=PATH` that this lineage of checkpoints goes back to."""
+    fork: Fork | None = None
+    """The last one of this lineage; None if training has always gone on."""
     world_size: int = 1
     """Ranks that trained."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -161,11 +173,21 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         metrics=metrics,
         best=take("best", (dict, optional)),
         resumed_from=take("resumed_from", (str, optional)),
+        fork=_fork(take("fork", (dict, optional)), file_name),
         world_size=take("world_size", int, 1),
         environment=take("environment", dict, {}),
         config=take("config", dict, {}),
         created=take("created", str, ""),
     )
+
+
+def _fork(entry: Mapping[str, Any] | None, file_name: str) -> Fork | None:
+    if entry is None:
+        return None
+    above, identity = entry.get("above"), entry.get("id")
+    if type(above) is not int or not isinstance(identity, str):
+        raise CorruptCheckpoint(f"{file_name}: fork is {entry!r}")
+    return Fork(above, identity)
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Disk -> state: find the newest good checkpoint, load it, and check that it belongs to this run."""
 
 import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.catalog import CORRUPT, RETIRED, Catalog, step_of, verify
-from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Manifest
+from src.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, CorruptCheckpoint, Fork, Manifest
 from src.checkpoint.mirror import NO_MIRROR, Mirror
 from src.checkpoint.remote import at_hand, is_url
 from src.checkpoint.snapshot import OnTensor, TensorPath, map_tensors_by_path, tensors_by_path
@@ -34,6 +35,8 @@ class Found:
     state: dict[str, Any]
     origin: str | None
     """The `resume=PATH` that this and all later checkpoints of the run go back to."""
+    fork: Fork | None
+    """Of this and all later ones, likewise."""
     retire_above: int
     """Going on from here abandons this run's checkpoints above this step."""
     foreign: bool = False
@@ -184,7 +187,12 @@ def find_to_resume(catalog: Catalog, resume: str, mirror: Mirror) -> Found | Non
     found = newest_good(catalog, mirror)
     if found is None and resume == "required":
         raise CheckpointError(f"resume=required, but {catalog.directory} has no checkpoint; resume=auto starts afresh")
-    return Found(*found, found[1].resumed_from, found[1].global_step) if found else None
+    return _going_on(found) if found else None
+
+
+def new_fork(above: int) -> Fork:
+    """Training goes back on purpose, and abandons the run's checkpoints above this step; all of them with -1."""
+    return Fork(above, uuid.uuid4().hex)
 
 
 def check_compatible(
@@ -240,18 +248,18 @@ def checkpoint_at(key: str, path: Path) -> Path:
 
 
 def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
-    origin = place.rstrip("/") if is_url(place) else str(_folder_of(Path(place)).resolve())
-    own = catalog.directory.resolve()
-    if origin in (str(own), str(own.parent), mirror.url, f"{mirror.url}/checkpoints"):
+    origin = _origin(place)
+    own = catalog.directory
+    if origin in (_origin(str(own)), _origin(str(own.parent)), mirror.url, f"{mirror.url}/checkpoints"):
         found = newest_good(catalog, mirror)
         if found is None:
             raise ConfigError("resume", place, "has no checkpoint yet; leave it out to start")
-        return Found(*found, found[1].resumed_from, found[1].global_step)
+        return _going_on(found)
     if _descends(catalog, mirror, origin):
         found = newest_good(catalog, mirror)
         if found is not None:
             log.info("resume=%s: already done; going on from what came of it", place)
-            return Found(*found, origin, found[1].global_step)
+            return _going_on(found)
     with at_hand("resume", place, mirror.connect, catalog.directory) as path:
         source = checkpoint_at("resume", path).resolve()
         try:
@@ -259,16 +267,34 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
             manifest, state = (load_checkpoint if is_url(place) else open_checkpoint)(source)
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"resume={place}: {error}") from error
-        is_own = source.parent == catalog.directory.resolve()
-        return Found(source, manifest, state, origin, manifest.global_step if is_own else -1, foreign=not is_own)
+        step = manifest.global_step
+        is_here = source.parent == catalog.directory.resolve()
+        is_own = is_here or origin.startswith(f"{mirror.url}/")
+        fork = new_fork(step if is_own else -1)
+        return Found(source, manifest, state, origin, fork, step if is_here else -1, foreign=not is_here)
+
+
+def _origin(place: str) -> str:
+    """What a `resume=PATH` is called in manifests: the same from wherever it is looked at, and on a machine where the
+    project lies elsewhere too, if the command is given there from the same place in it."""
+    if is_url(place):
+        return place.rstrip("/")
+    path, start = _folder_of(Path(place)).resolve(), Path.cwd().resolve()
+    return path.relative_to(start).as_posix() if path.is_relative_to(start) else str(path)
+
+
+def _going_on(found: tuple[Path, Manifest, dict[str, Any]]) -> Found:
+    manifest = found[1]
+    return Found(*found, manifest.resumed_from, manifest.fork, manifest.global_step)
 
 
 def _in_force(catalog: Catalog, mirror: Mirror) -> tuple[dict[int, Path], int | None]:
     """The checkpoints here that count, without those that have been abandoned in the bucket's history.
 
-    If the newest ones here and there descend from different `resume=PATH`s, training went back on purpose at one
-    place while the other was out of reach (with storage=local, or on another machine). The later of the two is in
-    force; what the other place has above the step that was gone back to is not.
+    If the newest ones here and there descend from different forks, training went back on purpose at one place while
+    the other was out of reach (with storage=local, or on another machine). The later of the two is in force; what
+    the other place has above the step that was gone back to is not. Only what was done on purpose counts: that a
+    run was started anew where its checkpoints were out of sight abandons nothing.
 
     Returns:
         Them, and the step above which those here have to be retired before one is fetched; None if none do.
@@ -276,24 +302,19 @@ def _in_force(catalog: Catalog, mirror: Mirror) -> tuple[dict[int, Path], int | 
     local = catalog.by_step()
     here = _newest_manifest(catalog) if mirror.steps else None
     there = mirror.newest_manifest() if here else None
-    if here is None or there is None or here.resumed_from == there.resumed_from:
+    if here is None or there is None or here.fork == there.fork:
         return local, None
     in_force, where = (here, mirror.url) if here.created >= there.created else (there, catalog.directory)
-    fork = _gone_back_to(in_force.resumed_from, catalog, mirror)
-    log.warning("training has gone back since: what %s has above step %d does not count any more", where, fork)
-    if in_force is here:
-        mirror.forget(above=fork)
+    if in_force.fork is None:
         return local, None
-    return {step: path for step, path in local.items() if step <= fork}, fork
-
-
-def _gone_back_to(origin: str | None, catalog: Catalog, mirror: Mirror) -> int:
-    """The step of this run that an origin names; -1 if it is another run's, or none: all is then abandoned."""
-    step = step_of(Path(origin or ""))
-    is_own = origin is not None and (
-        Path(origin).parent == catalog.directory.resolve() or origin.startswith(f"{mirror.url}/")
-    )
-    return step if step is not None and is_own else -1
+    above = in_force.fork.above
+    since = "gone back" if above >= 0 else "begun anew"
+    what = f" above step {above}" if above >= 0 else ""
+    log.warning("training has %s on purpose since: what %s has%s does not count any more", since, where, what)
+    if in_force is here:
+        mirror.forget(above)
+        return local, None
+    return {step: path for step, path in local.items() if step <= above}, above
 
 
 def _descends(catalog: Catalog, mirror: Mirror, origin: str) -> bool:
