@@ -1,5 +1,6 @@
 """Saves in the background: what the loop waits for, what it is told, and what stays bounded."""
 
+import errno
 import gc
 import math
 import os
@@ -224,6 +225,25 @@ def test_a_save_that_fails_while_the_next_is_due_is_not_tried_again_before_the_p
         train_step(state, checkpointer)
     assert caplog.text.count("cannot save step") == 1
     assert "failure 1 of" in caplog.text
+
+
+def test_a_disk_that_cannot_even_be_listed_is_tried_again_like_any_other(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = new_state()
+    checkpointer = make(EverySteps(every=1, retry_after=0, max_failures=2), state)
+
+    def refuse(*arguments: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(saver, "write_checkpoint", refuse)
+    monkeypatch.setattr(Catalog, "by_step", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot save step .* Stale file handle.*checkpoint \(unknown\)"):
+        for _ in range(4):
+            train_step(state, checkpointer)
+            checkpointer.wait()
+    assert "failure 1 of checkpoint.max_failures=2" in caplog.text
+    assert checkpointer.newest_finite() is None
 
 
 def test_a_bug_in_the_background_is_raised_in_the_loop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

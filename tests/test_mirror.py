@@ -1,10 +1,12 @@
 """The mirror: what is committed reaches the bucket, whatever happens, and an empty machine goes on from there."""
 
+import errno
 import re
 import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from src.checkpoint.policy import EverySteps
 from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.run_files import RunFiles
 from src.checkpoint.writer import write_checkpoint
+from src.errors import MirrorError
 from src.storage.bucket import Bucket
 from src.storage.failures import Refused
 from src.storage.s3 import S3Storage
@@ -349,6 +352,72 @@ def test_invariant_6_what_is_being_uploaded_is_not_rotated_away(
     mirror.insist()
     mirror._catalog.rotate(EverySteps(keep=1, keep_best=0))
     assert not path.exists()
+
+
+def test_what_was_damaged_here_before_it_was_there_is_not_passed_over(
+    make: Callable[..., BucketMirror], tmp_path: Path
+) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state.pt").write_bytes(b"")
+    mirror = make()
+    mirror.open()
+    mirror.begin(above=2)
+    mirror.flush()
+    with pytest.raises(MirrorError, match="step_00000002 has been damaged on the disk before it was in s3://"):
+        mirror.insist()
+
+
+def test_a_new_best_is_mirrored_whatever_its_turn(
+    make: Callable[..., BucketMirror], tmp_path: Path, store: Store, bucket: str
+) -> None:
+    mirror = make(every=3)
+    mirror.open()
+    mirror.begin(above=-1)
+    catalog = Catalog(tmp_path / "here/checkpoints")
+    for step in (1, 2, 3):
+        write_checkpoint(catalog, {"global_step": step}, Manifest(step, 0, {}, best={"global_step": min(step, 2)}))
+        mirror.committed(step)
+    deadline = time.monotonic() + 60
+    while mirror.lag()["mirror/checkpoints_waiting"] or mirror.newest_step() == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert steps_there(store, bucket, "holdfast/run") == [1, 2]
+
+
+def test_a_store_that_hangs_is_not_waited_for_when_all_is_there(
+    make: Callable[..., BucketMirror], tmp_path: Path, network: Network
+) -> None:
+    save(tmp_path, 1)
+    mirror = make(place=network)
+    mirror.open()
+    mirror.begin(above=1)
+    mirror.flush()
+    mirror.insist()
+    network.silent = True
+    (tmp_path / "here/train.log").write_text("one more line")
+    closing = threading.Thread(target=mirror.close)
+    closing.start()
+    closing.join(20)  # one request alone would wait for longer
+    assert not closing.is_alive()
+
+
+def test_a_disk_that_cannot_be_listed_is_no_crash_of_the_mirror(
+    make: Callable[..., BucketMirror], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    mirror = make(flush_timeout=1)
+    mirror.open()
+    mirror.begin(above=1)
+
+    def refuse(self: Catalog) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "by_step", refuse)
+        mirror.flush()
+    assert "which cannot be read (Input/output error)" in caplog.text
+    with pytest.raises(MirrorError):
+        mirror.insist()
 
 
 def test_a_second_machine_is_refused_and_a_fenced_one_stops(

@@ -30,6 +30,7 @@ from src.storage.transfer import Damaged, abort_uploads
 log = logging.getLogger(__name__)
 
 _FILES_EVERY = 30.0  # seconds between uploads of log and TensorBoard's events
+_LEAVING = 5.0  # seconds for the last lines of the log, and for giving up the lease
 
 
 def open_mirror(storage: LocalStorage, name: str, catalog: Catalog, policy: CheckpointPolicy) -> Mirror:
@@ -76,6 +77,7 @@ class BucketMirror(Mirror):
         self._mirrored: dict[int, Manifest | None] = {}  # None: not read yet, or unreadable
         self._unchecked: set[int] = set()  # there since an earlier life, and here: compared when nothing else is due
         self._wanted: set[int] = set()
+        self._damaged: set[int] = set()  # on the disk, so that it cannot be mirrored
         self._commits = 0
         self._newest = 0  # mirrored step
         self._arrived = 0  # bytes of the upload in progress
@@ -163,9 +165,9 @@ class BucketMirror(Mirror):
             self._files.fetch_history()
         self._mirrored = {step: None for step in self.steps if step <= above}
         self._newest = max(self._mirrored, default=0)
-        local = list(self._catalog.by_step())
-        self._unchecked = self._mirrored.keys() & set(local)
-        self._wanted = set(local if self._every == 1 else local[-1:])
+        local = set(self._catalog.by_step())
+        self._unchecked = self._mirrored.keys() & local
+        self._wanted = local if self._every == 1 else self._last_and_best()
         self._lag = self._measure_lag()
         log.info("mirroring to %s", self.url)
         self._thread.start()
@@ -175,7 +177,8 @@ class BucketMirror(Mirror):
         with self._lock:
             replaced = global_step in self._mirrored
             self._mirrored.pop(global_step, None)
-            if replaced or self._commits % self._every == 0:
+            self._damaged.discard(global_step)
+            if replaced or self._commits % self._every == 0 or self._is_best(global_step):
                 self._wanted.add(global_step)
             self._commits += 1
         with suppress(OSError):  # a disk that cannot be listed is no failure of the save
@@ -202,23 +205,24 @@ class BucketMirror(Mirror):
         """Wait until everything that should be in the bucket is there: up to `storage.flush_timeout` seconds."""
         if not self._thread.is_alive() or self._flushing.is_set():
             return
-        with self._lock:  # the last and the best, whatever their turn
-            self._wanted |= replace(self._policy, keep=1).to_keep(
-                [self._saved(step) for step in self._catalog.by_step()]
-            )
-        self._flushing.set()
-        self._news.set()
-        self._hurry.set()
         deadline = time.monotonic() + self._flush_timeout
-        total = self._bytes_waiting()
-        with byte_bar(f"mirroring to {self.url}", total) as bar:
-            while (
-                not self._flushed.wait(0.1) and time.monotonic() < deadline and patience() > 0 and not self._lease.lost
-            ):
-                bar.update(max(0, total - self._bytes_waiting() - bar.n))
+        try:
+            with self._lock:  # whatever their turn
+                self._wanted |= self._last_and_best()
+            self._flushing.set()
+            self._news.set()
+            self._hurry.set()
+            total = self._bytes_waiting()
+            with byte_bar(f"mirroring to {self.url}", total) as bar:
+                while not self._flushed.wait(0.1) and time.monotonic() < deadline and patience() > 0:
+                    if self._lease.lost:
+                        break
+                    bar.update(max(0, total - self._bytes_waiting() - bar.n))
+            missing = ", ".join(map(checkpoint_name, self._waiting())) or "log and events"
+        except OSError as error:  # of such a disk nothing more is to be had
+            missing = f"what is in {self._catalog.directory}, which cannot be read ({error.strerror or error})"
         if not self._flushed.is_set():
-            names = ", ".join(map(checkpoint_name, self._waiting())) or "log and events"
-            log.error("not in %s: %s%s", self.url, names, self._outage.because)
+            log.error("not in %s: %s%s", self.url, missing, self._outage.because)
 
     def insist(self) -> None:
         """Raises unless `flush` has brought everything there."""
@@ -227,14 +231,27 @@ class BucketMirror(Mirror):
                 f"the run is done and safe in its directory, but not all of it is in {self.url}"
                 f"{self._outage.because}; run the same command again to upload the rest"
             )
+        if lost := self._damaged & self._last_and_best():
+            raise MirrorError(
+                f"the run is done, but {', '.join(map(checkpoint_name, sorted(lost)))} has been damaged on the disk "
+                f"before it was in {self.url}; run the same command again, which goes on from the one before"
+            )
 
     def close(self) -> None:
-        """End the threads, also amid an upload, and release the lease."""
+        """End the threads, also amid an upload, and release the lease; a store that hangs is not waited for."""
         self._closing.set()
         self._news.set()
         self._hurry.set()
         if not self._flushed.is_set():
             self._bucket.cancel()
+        leaving = threading.Thread(target=self._leave, name="mirror-leaves", daemon=True)
+        leaving.start()
+        leaving.join(_LEAVING)
+        if leaving.is_alive():
+            log.warning("%s does not answer: it is left as it is, and its lease to run out", self.url)
+            self._bucket.cancel()
+
+    def _leave(self) -> None:
         if self._thread.is_alive():
             self._thread.join()
             if self._flushed.is_set():
@@ -322,6 +339,7 @@ class BucketMirror(Mirror):
                 log.error("%s is damaged and is not mirrored: %s", path, error)
                 with self._lock:
                     self._wanted.discard(step)
+                    self._damaged.add(step)
                 return
             finally:
                 self._arrived = 0
@@ -363,6 +381,18 @@ class BucketMirror(Mirror):
             self._unchecked.discard(step)
             with self._lock:
                 self._mirrored.pop(step, None)
+
+    def _last_and_best(self) -> set[int]:
+        """Of what is on the disk, what is mirrored whatever its turn.
+
+        Raises:
+            OSError: the disk cannot be listed.
+        """
+        return replace(self._policy, keep=1).to_keep([self._saved(step) for step in self._catalog.by_step()])
+
+    def _is_best(self, step: int) -> bool:
+        manifest = self._manifest_here(step)
+        return manifest is not None and manifest.best is not None and manifest.best.get("global_step") == step
 
     def _manifest(self, step: int) -> Manifest | None:
         """Of a checkpoint that is mirrored or on the disk; None if it is no good, or has just gone."""

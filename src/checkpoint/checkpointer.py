@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -222,8 +223,10 @@ class Checkpointer:
         return lag
 
     def newest_finite(self) -> Path | None:
-        """The newest checkpoint on the disk in which loss and weights are numbers."""
-        return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
+        """The newest checkpoint on the disk in which loss and weights are numbers; None too if it cannot be read."""
+        with suppress(OSError):
+            return next((path for path, manifest in reversed(self.catalog.readable()) if manifest.finite), None)
+        return None
 
     def _load(self, state: TrainState, saved: dict[str, Any] | None, read: OnTensor = lambda _, tensor: tensor) -> None:
         """Have all ranks become what rank 0 has found: all of a state, weights alone, or nothing."""
@@ -330,7 +333,9 @@ class Checkpointer:
     def _report_failure(self, global_step: int, error: OSError | MemoryError) -> None:
         self._failures += 1
         self._retry_at = time.monotonic() + self.policy.retry_after
-        newest = next((path.name for path in reversed(self.catalog.paths())), "none")
+        newest = "unknown"
+        with suppress(OSError):  # the disk may be what failed
+            newest = next((path.name for path in reversed(self.catalog.paths())), "none")
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = f"cannot save step {global_step} in {self.catalog.directory}: {cause}"
         if self._failures >= self.policy.max_failures:
