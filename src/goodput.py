@@ -124,7 +124,7 @@ def lives_of(directory: Path) -> list[Life]:
     """What the processes of a run have entered, oldest first. Entries that are no good are left out."""
     lives = []
     for path in (directory / _FOLDER).glob("*.json"):
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             lives.append(_parse(json.loads(path.read_text(encoding="utf-8"))))
     return sorted(lives, key=lambda life: life.began)
 

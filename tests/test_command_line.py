@@ -133,6 +133,41 @@ def test_a_config_found_on_a_disk_is_not_called(
     assert cli(capsys, "ls", str(RUN))[0] == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[: text.index("storage:") + 12] + "\t- [",
+        lambda text: text.replace("prefix: holdfast", "prefix: null"),
+        lambda text: text.replace("prefix: holdfast", "prefix: holdfast\n  colour: red"),
+        lambda text: text.replace("prefix: holdfast", "prefix: ${oc.env:NOT_SET_ANYWHERE}"),
+        lambda text: text.replace("profile: null", "profile: of_another_machine"),
+    ],
+)
+def test_ls_shows_what_is_here_when_the_mirror_cannot_be_made_out(
+    train: Train, store: Store, bucket: str, capsys: pytest.CaptureFixture[str], change: Callable[[str], str]
+) -> None:
+    train(*TINY, *on_s3(store, bucket), "trainer.epochs=1")
+    config = RUN / ".hydra/config.yaml"
+    config.write_text(change(config.read_text()))
+    status, out, err = cli(capsys, "ls", str(RUN))
+    assert status == 0
+    assert " 13 " in out
+    assert err.startswith(f"cannot tell the mirror from {RUN}/.hydra: ")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_in_the_bucket_that_holds_another_step_is_damaged(
+    train: Train, store: Store, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*TINY, *on_s3(store, bucket), "trainer.epochs=1")
+    for name in ("manifest.json", "state.pt"):
+        body = store.read(bucket, f"{ROOT}/checkpoints/step_00000013/{name}")
+        store.write(bucket, f"{ROOT}/checkpoints/step_00000099/{name}", body)
+    status, out, _ = cli(capsys, "verify", f"s3://{bucket}/{ROOT}", "--endpoint-url", store.endpoint)
+    assert status == 1
+    assert "mirror DAMAGED: manifest.json says step 13" in out
+
+
 def test_ls_shows_what_is_here_when_the_bucket_cannot_be_reached(
     train: Train, network: Network, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

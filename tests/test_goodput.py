@@ -39,7 +39,8 @@ def test_a_life_too_short_to_catch_up_repeats_what_it_does() -> None:
 
 def test_entries_that_are_no_good_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "goodput").mkdir()
-    for number, text in enumerate(["", "[]", "{", '{"began": 1}', '{"began": "x"}']):
+    endless = json.dumps(vars(life(0, 0, 5)) | {"began": 10**400})
+    for number, text in enumerate(["", "[]", "{", "[" * 100_000, endless, '{"began": 1}', '{"began": "x"}']):
         (tmp_path / "goodput" / f"{number}-1.json").write_text(text)
     (tmp_path / "goodput" / "9-1.json").write_text(json.dumps(vars(life(0, 0, 5))))
     assert len(lives_of(tmp_path)) == 1

@@ -1,6 +1,8 @@
 """The mirror: what is committed reaches the bucket, whatever happens, and an empty machine goes on from there."""
 
 import errno
+import logging
+import os
 import re
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from src.errors import MirrorError
 from src.storage.bucket import Bucket
 from src.storage.failures import Refused
 from src.storage.s3 import S3Storage
+from src.storage.transfer import upload
 from tests.conftest import LAST, LONG, TINY, Result, Training
 from tests.store import ROOT, RUN, SECRET, Network, Store, drop, error_answer, on_s3, steps_here, steps_there
 from tests.test_resume import differences, state
@@ -284,7 +288,7 @@ def test_a_store_that_is_down_when_the_run_begins_is_an_error_not_a_fresh_start(
 ) -> None:
     drop(network)
     result = train(*TINY, *on_s3(network, bucket))
-    assert result.status == 2
+    assert result.status == 3
     assert "error: storage.bucket=" in result.output
     assert steps_here() == []
 
@@ -524,14 +528,46 @@ def test_the_log_of_an_earlier_life_elsewhere_comes_first_and_once(store: Store,
         (b"a\nb\n", b"c\n", b"a\nb\nc\n"),
         (b"a\nb\n", b"a\nc\n", b"a\nb\nc\n"),
         (b"a\n", b"a\nb\n", b"a\nb\n"),
+        (b"a\nb", b"a\nbc\n", b"a\nbc\n"),
         (b"a\nb\n", b"a\nb\n", b"a\nb\n"),
     ):
         log.write_bytes(here)
         store.write(bucket, f"{ROOT}/train.log", there)
-        with log.open("ab") as handler:  # as the logging module has it open
-            RunFiles(Bucket(bucket, endpoint_url=store.endpoint), ROOT, tmp_path).fetch_history()
-            handler.write(b"z\n")
+        handler = WatchedFileHandler(log)
+        RunFiles(Bucket(bucket, endpoint_url=store.endpoint), ROOT, tmp_path).fetch_history()
+        handler.emit(logging.makeLogRecord({"msg": "z"}))
+        handler.close()
         assert log.read_bytes() == whole + b"z\n"
+
+
+def test_a_long_log_comes_back_whole(store: Store, bucket: str, tmp_path: Path) -> None:
+    line = b"x" * 999 + b"\n"
+    store.write(bucket, f"{ROOT}/train.log", 70_000 * line)
+    RunFiles(Bucket(bucket, endpoint_url=store.endpoint), ROOT, tmp_path).fetch_history()
+    assert (tmp_path / "train.log").stat().st_size == 70_000 * len(line)
+
+
+def test_names_in_the_bucket_that_no_disk_takes_are_left_there(
+    store: Store, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["tensorboard/a", "tensorboard/a/b", f"tensorboard/{'n' * 252}", "goodput/1-1.json", "goodput/2-2.json"]
+    for name in names:
+        store.write(bucket, f"{ROOT}/{name}", b'{"began": 1' + b"0" * 400 + b"}" if "json" in name else b"x")
+    RunFiles(Bucket(bucket, endpoint_url=store.endpoint), ROOT, tmp_path).fetch_history()
+    assert caplog.text.count("is left there") == 2
+    assert (tmp_path / "goodput/1-1.json").exists()
+
+
+def test_a_bit_flipped_on_the_way_down_is_noticed_in_other_files_too(
+    store: Store, network: Network, bucket: str, tmp_path: Path
+) -> None:
+    body = os.urandom(200_000)
+    (tmp_path / "body").write_bytes(body)
+    upload(Bucket(bucket, endpoint_url=store.endpoint), tmp_path / "body", f"{ROOT}/tensorboard/events", len(body))
+    network.corrupt_downloads = 1
+    RunFiles(Bucket(bucket, endpoint_url=network.endpoint), ROOT, tmp_path).fetch_history()
+    assert network.corrupt_downloads == 0
+    assert (tmp_path / "tensorboard/events").read_bytes() == body
 
 
 def test_of_the_other_files_only_what_has_changed_is_uploaded(network: Network, bucket: str, tmp_path: Path) -> None:

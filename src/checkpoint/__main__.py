@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from src.background import byte_bar
 from src.checkpoint.catalog import CORRUPT, Catalog, verify
@@ -30,6 +31,9 @@ _COLUMNS = ["step", "epoch", "size", "age", "metrics", "where", ""]
 
 Found = dict[int, Manifest | Exception]
 """Checkpoints by step: the manifest, or what is wrong."""
+
+
+_NO_CONFIG = (YAMLError, OmegaConfBaseException)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,18 +197,22 @@ def _places(options: argparse.Namespace) -> tuple[Catalog | None, RemoteCatalog 
 
 
 def _mirror_of(directory: Path) -> RemoteCatalog | None:
-    """The mirror that a run was trained with, by the config that Hydra has left in its directory."""
+    """The mirror that a run was trained with, by the config that Hydra has left in its directory; None, and a word of
+    why, if it cannot be made out."""
+    if not (directory / ".hydra").is_dir():
+        return None
     try:
-        storage = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "config.yaml").storage)
+        storage = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "config.yaml").storage, resolve=True)
         runtime = OmegaConf.load(directory / ".hydra" / "hydra.yaml").hydra.runtime
         name = name_of(Path(runtime.output_dir), Path(runtime.cwd))
-    except (OSError, AttributeError, OmegaConfBaseException):
+        # A file is no reason to call whatever it names: only this one class, by its name.
+        if not isinstance(storage, dict) or storage.pop("_target_", None) != f"{S3Storage.__module__}.S3Storage":
+            return None
+        place = S3Storage(**{str(key): value for key, value in storage.items()})
+        return RemoteCatalog(place.connect(tries=1, read_timeout=8), f"{place.key(name)}/checkpoints")
+    except (OSError, StoreError, ConfigError, AttributeError, TypeError, ValueError, *_NO_CONFIG) as error:
+        print(f"cannot tell the mirror from {directory / '.hydra'}: {' '.join(str(error).split())}", file=sys.stderr)
         return None
-    # A file is no reason to call whatever it names: only this one class, by its name.
-    if not isinstance(storage, dict) or storage.pop("_target_", None) != f"{S3Storage.__module__}.S3Storage":
-        return None
-    place = S3Storage(**{str(key): value for key, value in storage.items()})
-    return RemoteCatalog(place.connect(tries=1, read_timeout=8), f"{place.key(name)}/checkpoints")
 
 
 def _manifests(catalog: Catalog | None) -> Found:

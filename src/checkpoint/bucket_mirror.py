@@ -252,7 +252,7 @@ class BucketMirror(Mirror):
             self._bucket.cancel()
 
     def _leave(self) -> None:
-        if self._thread.is_alive():
+        if self._thread.ident is not None:  # it was begun
             self._thread.join()
             if self._flushed.is_set():
                 with suppress(StoreError, OSError):  # the log's last lines

@@ -15,12 +15,11 @@ from src.errors import CheckpointError, ConfigError
 from src.storage.bucket import Bucket, Stat
 from src.storage.failures import Conflict, NotThere, StoreError
 from src.storage.local import fsync_directory, write_durably
-from src.storage.transfer import Progress, download, ignore, look, upload
+from src.storage.transfer import DOWNLOADS, Progress, download, download_whole, ignore, look, upload
 
 log = logging.getLogger(__name__)
 
 _THREADS = 16  # manifests read at once
-_DOWNLOADS = 3  # tries, if what arrives is damaged
 
 Connect = Callable[[str], Bucket]
 """A client for a bucket of this name."""
@@ -135,13 +134,13 @@ class RemoteCatalog:
             if there is None or there.size != entry.size or there.crc not in (None, crc):
                 found = f"{there.size} bytes" if there else "nothing"
                 raise CorruptCheckpoint(f"{name} is not what was saved: {found} in the bucket, {entry.size} bytes then")
-            for _ in range(_DOWNLOADS):
+            for _ in range(DOWNLOADS):
                 if download(self.bucket, key, entry.size, folder / name, progress) == crc:
                     break
                 log.warning("%s arrived damaged", self.bucket.url(key))
             else:
                 if there.crc == crc:  # it is good there
-                    raise StoreError(f"{self.bucket.url(key)} arrived damaged {_DOWNLOADS} times")
+                    raise StoreError(f"{self.bucket.url(key)} arrived damaged {DOWNLOADS} times")
                 raise CorruptCheckpoint(f"{name} has another checksum than the manifest says")
         write_durably(folder / MANIFEST_NAME, text.decode("utf-8"))
         fsync_directory(folder)
@@ -154,6 +153,8 @@ class RemoteCatalog:
             StoreError: the store cannot be asked.
         """
         manifest = self.manifest(global_step)
+        if manifest.global_step != global_step:
+            raise CorruptCheckpoint(f"{MANIFEST_NAME} says step {manifest.global_step}")
         for name, entry in manifest.files.items():
             found = look(self.bucket, self._key(global_step, name))
             if found is None:
@@ -269,7 +270,7 @@ def _fetch(key: str, url: str, connect: Connect, folder: Path) -> Path:
         there = bucket.stat(object_key)
         if there is None:
             raise ConfigError(key, url, "there is no such object")
-        download(bucket, object_key, there.size, folder / "weights.pt")
+        download_whole(bucket, object_key, there, folder / "weights.pt")
         return folder / "weights.pt"
     places, wanted = catalogs_at(url, connect)
     for catalog in places:

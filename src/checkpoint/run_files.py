@@ -1,15 +1,20 @@
 """What it takes to look at a run from elsewhere, beside its checkpoints: config, log, TensorBoard's events, goodput."""
 
+import errno
+import logging
 import re
 from pathlib import Path
 
 from src.storage.bucket import Bucket
-from src.storage.transfer import Damaged, download, upload
+from src.storage.transfer import Damaged, download_whole, upload
+
+log = logging.getLogger(__name__)
 
 _LOG = "train.log"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _EVENTS = re.compile(rf"tensorboard/({_NAME}/)*{_NAME}")
 _CONFIG = re.compile(rf"\.hydra/{_NAME}\.yaml")
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _LIVES = re.compile(r"goodput/\d+-\d+\.json")
 
 
@@ -47,20 +52,29 @@ class RunFiles:
     def fetch_history(self) -> None:
         """Bring here what earlier lives of the run logged on other machines, so that log and curves are whole.
 
+        Names in the bucket that no disk takes are left out: history is not worth a run.
+
         Raises:
             StoreError: the store cannot be asked.
             OSError: the disk refused.
         """
         for name, size in self._remote():
             target = self._directory / name
-            if _EVENTS.fullmatch(name) or _LIVES.fullmatch(name):
-                if not target.exists():
-                    self._fetch(name, size, target)
-                stat = target.stat()
-                if stat.st_size == size:  # events are only ever appended
-                    self._uploaded[name] = (size, stat.st_mtime_ns)
-            elif name == _LOG:
-                _prepend(target, self._bucket.get(f"{self._prefix}/{name}").body)
+            try:
+                if _EVENTS.fullmatch(name) or _LIVES.fullmatch(name):
+                    if not target.exists():
+                        self._fetch(name, target)
+                    stat = target.stat()
+                    if stat.st_size == size:  # events are only ever appended
+                        self._uploaded[name] = (size, stat.st_mtime_ns)
+                elif name == _LOG:
+                    earlier = target.with_name(f".tmp_{name}")
+                    self._fetch(name, earlier)
+                    _prepend(target, earlier)
+            except OSError as error:
+                if error.errno not in _BAD_NAMES:
+                    raise
+                log.warning("%s is left there: %s", self._bucket.url(f"{self._prefix}/{name}"), error)
 
     def fetch_all(self) -> None:
         """Bring everything here that is not here yet.
@@ -69,9 +83,9 @@ class RunFiles:
             StoreError: the store cannot be asked.
             OSError: the disk refused.
         """
-        for name, size in self._remote():
+        for name, _ in self._remote():
             if not (self._directory / name).exists():
-                self._fetch(name, size, self._directory / name)
+                self._fetch(name, self._directory / name)
 
     def _local(self) -> list[str]:
         patterns = (".hydra/*", "tensorboard/**/*", "goodput/*", _LOG)
@@ -89,10 +103,14 @@ class RunFiles:
                     found.append((name, size))
         return found
 
-    def _fetch(self, name: str, size: int, target: Path) -> None:
+    def _fetch(self, name: str, target: Path) -> None:
+        key = f"{self._prefix}/{name}"
+        there = self._bucket.stat(key)
+        if there is None:  # gone since it was listed
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".tmp_{target.name}")
-        download(self._bucket, f"{self._prefix}/{name}", size, temporary)
+        download_whole(self._bucket, key, there, temporary)
         temporary.rename(target)
 
 
@@ -100,17 +118,24 @@ def _is_one(name: str) -> bool:
     return name == _LOG or any(pattern.fullmatch(name) for pattern in (_EVENTS, _CONFIG, _LIVES))
 
 
-def _prepend(log: Path, history: bytes) -> None:
+def _prepend(path: Path, earlier: Path) -> None:
     """Put what a log had elsewhere before what it has here, once, though both may begin alike.
 
-    In place: a handler that appends has it open, and goes on after the new end.
+    The handler that writes it sees that there is another file, and opens that (logging's WatchedFileHandler).
+
+    Args:
+        path: The log.
+        earlier: A file with what it had elsewhere, which is gone afterwards.
     """
-    own = log.read_bytes() if log.exists() else b""
-    begins_alike = 0
+    own, history = (file.read_bytes() if file.exists() else b"" for file in (path, earlier))
+    if own.startswith(history):
+        earlier.unlink(missing_ok=True)
+        return
+    alike = 0
     for line, other in zip(own.splitlines(True), history.splitlines(True), strict=False):
         if line != other:
             break
-        begins_alike += len(line)
-    if begins_alike < len(history):
-        with log.open("r+b" if log.exists() else "wb") as file:
-            file.write(history + own[begins_alike:])
+        alike += len(line)
+    with earlier.open("ab") as file:
+        file.write(own[alike:])
+    earlier.rename(path)

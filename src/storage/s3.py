@@ -5,9 +5,9 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from src.errors import ConfigError, require_choice, require_endpoint, require_int, require_number
+from src.errors import CheckpointError, ConfigError, require_choice, require_endpoint, require_int, require_number
 from src.storage.bucket import Bucket
-from src.storage.failures import Conflict, StoreError
+from src.storage.failures import Conflict, Refused, StoreError
 from src.storage.local import LocalStorage
 
 _MB = 1e6
@@ -106,26 +106,29 @@ class S3Storage(LocalStorage):
 
         Raises:
             ConfigError: it cannot, and why; or the disk is not fit.
+            CheckpointError: it cannot just now; that may pass.
         """
         # Rotation leaves alone what is being uploaded.
         super().preflight(directory, checkpoint_bytes, copies + 1, makes_room)
         key, body = self.key(f".probe-{uuid.uuid4().hex}"), b"Is this place fit to hold checkpoints?"
         try:
-            bucket = self.connect(read_timeout=8, tries=1)
+            bucket = self.connect(read_timeout=5, tries=2)
             next(bucket.keys(key), None)
             written = bucket.put(key, body, if_absent=True)
             try:
                 if bucket.get(key).body != body:
-                    raise StoreError(f"{bucket.url(key)}: what was read is not what was written")
+                    raise Refused(f"{bucket.url(key)}: what was read is not what was written")
                 bucket.put(key, body, if_match=written)
                 for condition in ({"if_absent": True}, {"if_match": _OTHER_ETAG}):
                     with suppress(Conflict):
                         bucket.put(key, body, **condition)
-                        raise StoreError(
+                        raise Refused(
                             f"{bucket.url(key)}: the store overwrites what it was told not to (If-None-Match, "
                             "If-Match), so two machines could not be kept apart; use a newer version of it, or another"
                         )
             finally:
                 bucket.delete(key)
         except StoreError as error:
+            if error.passing:
+                raise CheckpointError(f"storage.bucket={self.bucket}: {error}") from error
             raise ConfigError("storage.bucket", self.bucket, str(error)) from error

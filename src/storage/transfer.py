@@ -4,6 +4,7 @@ The checksum is the CRC-64/NVME of the whole file, the one that a checkpoint's m
 part with it on arrival, keeps that of the whole object, also of a multipart upload, and tells it when asked.
 """
 
+import logging
 import os
 import queue
 from collections.abc import Callable
@@ -17,10 +18,13 @@ from src.background import yield_to_training
 from src.storage.bucket import Bucket, Stat, encode_crc
 from src.storage.failures import StoreError
 
+log = logging.getLogger(__name__)
+
 _MIB = 1024 * 1024
 _PART = 16 * _MIB  # bytes
 _LEAST = 5 * _MIB  # that S3 takes, but for the last
 _MOST_PARTS = 10_000  # that an upload may have
+DOWNLOADS = 3  # tries, if what arrives is damaged
 _THREADS = 4  # parts at once, each in a buffer of its own: what bounds memory
 
 Progress = Callable[[int], None]
@@ -80,7 +84,7 @@ def download(bucket: Bucket, key: str, size: int, path: Path, progress: Progress
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         if size:
-            os.posix_fallocate(descriptor, 0, size)  # a disk that is too full says so now
+            _reserve(descriptor, size)  # a disk that is too full says so now
 
         def fetch(start: int) -> tuple[int, int]:
             chunk = _read_range(bucket, key, start, min(_PART, size - start))
@@ -96,6 +100,20 @@ def download(bucket: Bucket, key: str, size: int, path: Path, progress: Progress
         return whole
     finally:
         os.close(descriptor)
+
+
+def download_whole(bucket: Bucket, key: str, there: Stat, path: Path, progress: Progress = ignore) -> None:
+    """Download an object, and again if what arrives is not what the store says it has.
+
+    Raises:
+        OSError: the disk refused.
+        StoreError: the store did not give it, or it arrived damaged each time.
+    """
+    for _ in range(DOWNLOADS):
+        if download(bucket, key, there.size, path, progress) == there.crc or there.crc is None:
+            return
+        log.warning("%s arrived damaged", bucket.url(key))
+    raise StoreError(f"{bucket.url(key)} arrived damaged {DOWNLOADS} times")
 
 
 def abort_uploads(bucket: Bucket, prefix: str) -> int:
@@ -204,6 +222,11 @@ def _read_range(bucket: Bucket, key: str, start: int, length: int) -> bytes:
     if len(chunk) != length:
         raise StoreError(f"{bucket.url(key)}: the store sent {len(chunk)} bytes of {length}")
     return chunk
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        os.posix_fallocate(descriptor, 0, size)
 
 
 def _write_all(descriptor: int, chunk: bytes, offset: int) -> None:
