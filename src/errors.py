@@ -44,7 +44,7 @@ class WorkerLost(HoldfastError):
 
 
 class DivergedError(HoldfastError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
     exit_code = 5
 

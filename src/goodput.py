@@ -63,7 +63,7 @@ class Goodput:
         lives = "1 life" if self.lives == 1 else f"{self.lives} lives"
         return (
             f"{self.share:.1%} of {_duration(self.total)} in {lives}; the rest: starting {_duration(self.starting)}, "
-            f"held up by checkpoints {_duration(self.stalled)}, {self.repeated_steps} steps taken again "
+            f"held up by checkpoints {_duration(self.stalled)}, {self.repeated_steps} steps repeated "
             f"{_duration(self.repeating)}"
         )
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
 from src.preemption import Stopped
+from src.run import locked
 from src.worker import in_sweep, is_worker, sweep_is_over
 
 log = logging.getLogger(__name__)
@@ -106,24 +108,34 @@ def ending_the_program() -> Iterator[None]:
             say(f"error: {describe(error)}")
         else:
             time.sleep(_PATIENCE)  # torchrun ends all ranks when one ends: not before rank 0 has said why
-        sys.exit(getattr(error, "exit_code", 1))
+        sys.exit(getattr(error, "exit_code", ConfigError.exit_code if isinstance(error, OmegaConfBaseException) else 1))
 
 
-class RefuseCredentials(Callback):
-    """Ends the program before Hydra writes a config that holds a password to the disk."""
+class BeforeAnythingIsWritten(Callback):
+    """Ends the program before Hydra writes a config to the disk that holds a password, or over that of a run that is
+    alive."""
 
     @ending_the_program()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Look at the command line, and at what it came to."""
-        for override in (*config.hydra.overrides.task, *config.hydra.overrides.hydra):
-            key, _, value = str(override).partition("=")
-            require_no_credentials(key, value)
-        for key, value in _texts(OmegaConf.to_container(config)):
-            require_no_credentials(key, value)
+        """Look at the command line, at what it came to, and into the run directory."""
+        _refuse_credentials(config)
+        directory = Path(config.hydra.run.dir)
+        if is_main_process() and directory.is_dir():
+            with locked(directory):  # for good only later, when Hydra has set up the log
+                pass
 
+    @ending_the_program()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """The same: the values that are swept over are on the command line or in the sweeper's config."""
-        self.on_run_start(config, **kwargs)
+        """Look at the command line: values that are swept over are there, or in the sweeper's config."""
+        _refuse_credentials(config)
+
+
+def _refuse_credentials(config: DictConfig) -> None:
+    for override in (*config.hydra.overrides.task, *config.hydra.overrides.hydra):
+        key, _, value = str(override).partition("=")
+        require_no_credentials(key, value)
+    for key, value in _texts(OmegaConf.to_container(config)):
+        require_no_credentials(key, value)
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -202,6 +214,8 @@ def _text_of(error: BaseException) -> str:
             )
     if isinstance(error, CompactHydraException | OmegaConfBaseException):
         for refusal in chain:
+            if isinstance(refusal, HoldfastError):
+                return str(refusal)
             if isinstance(refusal, ConfigKeyError | ConfigAttributeError) and refusal.full_key:
                 return _no_such_setting(str(refusal.full_key), refusal.parent_node)
             if isinstance(refusal, MissingMandatoryValue) and refusal.full_key:

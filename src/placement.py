@@ -48,7 +48,7 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
     return own
 
 
-def in_step_with_others(model: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """A model of which each rank has all: each backward takes the mean of the gradients of all ranks."""
     return DistributedDataParallel(
         model,
@@ -60,7 +60,7 @@ def in_step_with_others(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def only_here(model: Any, more_to_come: bool) -> AbstractContextManager[None]:
+def no_sync_if(model: Any, more_to_come: bool) -> AbstractContextManager[None]:
     """Around a micro-batch: gradients go to the other ranks with the last one only."""
     in_step = isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
     return model.no_sync() if more_to_come and in_step else nullcontext()

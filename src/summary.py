@@ -31,7 +31,7 @@ def summarize(run: Run, state: TrainState, checkpointer: Checkpointer, mirror: M
             f"({checkpointer.stall_total / seconds:.2%} of the time)"
         )
         lines["goodput"] = str(tracker.goodput)
-    lines["steps"] = f"{state.global_step} in {state.epoch} epochs"
+    lines["steps"] = f"{state.global_step} in {state.epoch} epoch{'s' * (state.epoch != 1)}"
     lines["checkpoints"] = f"{directory}/checkpoints"
     if mirror.url is not None:
         lines["mirror"] = f"{mirror.url}, up to step {mirror.newest_step()}"

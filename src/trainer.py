@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed import is_torchelastic_launched
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 
@@ -21,7 +22,7 @@ from src.data.datasets import Data
 from src.data.loader import ResumableLoader
 from src.distributed import ALONE, World
 from src.errors import ConfigError, DivergedError, require_choice, require_int, require_number
-from src.placement import device_of_rank, find_device, in_step_with_others, only_here
+from src.placement import data_parallel, device_of_rank, find_device, no_sync_if
 from src.preemption import Interrupted, Stop, Stopped
 from src.rng import derive_seed, seed_everything
 from src.sharding import shard, whole
@@ -72,7 +73,7 @@ class Trainer:
             workers: Processes that load training data, and as many that load validation data; 0 loads in
                 the main one. Results do not depend on it.
             log_every: Steps between fetches of the loss from the device.
-            on_nan: `stop` or `warn` when the loss is no number any more. It is looked at every `log_every` steps.
+            on_nan: `stop` or `warn` when the loss is NaN or infinite. It is looked at every `log_every` steps.
             grace: Seconds from a request to stop, after which a step that hangs is given up and uploads end.
 
         Raises:
@@ -119,6 +120,12 @@ class Trainer:
         self.world = world
         if world.size > 1:
             self._take_a_place()
+        elif self.strategy != "none" and not is_torchelastic_launched():
+            log.warning(
+                "trainer.strategy=%s, and torchrun has not started this: one process trains alone. With all GPUs: "
+                "torchrun --nproc-per-node=gpu train.py …",
+                self.strategy,
+            )
         if self.deterministic:
             # cuBLAS reads this when it starts; without it, its matrix products are not reproducible.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -227,9 +234,9 @@ class Trainer:
             log.info("nothing left to train: epoch %d of trainer.epochs=%d is done", state.epoch, self.epochs)
             return
         model = self._compiled_if_asked(state.model)
-        trained = model
+        train_model = model
         if self.world.size > 1 and not self.sharded:
-            trained = self._compiled_if_asked(in_step_with_others(state.model, self.device))
+            train_model = self._compiled_if_asked(data_parallel(state.model, self.device))
         optimizer, scaler = state.optimizer, state.scaler
         sums = torch.zeros_like(state.totals)
         train_batches, val_batches = self._loaders(data)
@@ -237,11 +244,11 @@ class Trainer:
         tracker.start(state.global_step, total_steps, self.epochs, EVALUATION_METRICS, lambda: checkpointer.stall_total)
 
         while state.epoch < self.epochs:
-            trained.train()
+            train_model.train()
             for images, labels in stop.between(train_batches.epoch(state.epoch, start=state.samples)):
                 samples = min(data.batch_size, data.train_size - state.samples)  # in this step, of all ranks
-                share = samples / self.world.size  # for DDP takes the mean of the ranks' gradients
-                self._draw_numbers_of_its_own(state)
+                samples_per_rank = samples / self.world.size  # for DDP takes the mean of the ranks' gradients
+                self._seed_rank(state)
                 optimizer.zero_grad()
                 sums.zero_()
                 with self._compiling(images.shape, state, stop):
@@ -250,16 +257,17 @@ class Trainer:
                         zip(images.tensor_split(count), labels.tensor_split(count), strict=True), start=1
                     ):
                         x, y = self._to_device(x, y)
-                        with only_here(trained, number < count):
+                        with no_sync_if(train_model, number < count):
                             with self._autocast():
-                                logits = trained(x)
+                                logits = train_model(x)
                                 loss = cross_entropy(logits, y, reduction="sum")
-                            scaler.scale(loss / share).backward()
+                            scaler.scale(loss / samples_per_rank).backward()
                         sums[0] += loss.detach()
                         sums[1] += (logits.detach().argmax(1) == y).sum()
                 self.world.sum_(sums)
                 state.loss.copy_(sums[0] / samples)
                 state.totals += sums
+                lr = state.scheduler.get_last_lr()[0]  # of this step
 
                 checkpointer.wait_for_snapshot()  # of the step before: parameters may change now
                 scaler.unscale_(optimizer)
@@ -271,18 +279,18 @@ class Trainer:
 
                 tracker.step(samples)
                 if state.global_step % self.log_every == 0:
-                    metrics = self._training_metrics(state, grad_norm) | checkpointer.lag(state)
+                    metrics = self._training_metrics(state, sums[1] / samples, grad_norm, lr) | checkpointer.lag(state)
                     tracker.log_step(state.global_step, state.epoch, metrics)
-                    self._look_at_the_loss(metrics["train/loss"], state.global_step, checkpointer)
+                    self._check_loss(metrics["train/loss"], state.global_step, checkpointer)
                 if state.samples < data.train_size:  # the step that ends an epoch is saved after its evaluation
                     checkpointer.step(state)
 
             self.world.broadcast_(state.model.buffers())  # BatchNorm's statistics are those of rank 0
-            with self._undone_if_left(state, stop):
+            with self._rolled_back_if_interrupted(state, stop):
                 metrics = self.evaluate(model, val_batches, stop)
                 examples = self._predict_some(state.model, data)
             train_loss, train_accuracy = (state.totals / data.train_size).tolist()
-            self._look_at_the_loss(train_loss, state.global_step, checkpointer)
+            self._check_loss(train_loss, state.global_step, checkpointer)
             state.end_epoch(metrics, checkpointer.policy.best_of(state.best, metrics, state.global_step))
             averages = {"epoch/loss": train_loss, "epoch/accuracy": train_accuracy}
             tracker.log_epoch(state.global_step, state.epoch, averages | metrics)
@@ -313,7 +321,7 @@ class Trainer:
         """As many on each rank: with `fsdp` each brings the model together once more."""
         return min(self.accumulate, max(1, samples // self.world.size))
 
-    def _draw_numbers_of_its_own(self, state: TrainState) -> None:
+    def _seed_rank(self, state: TrainState) -> None:
         """Have dropout differ between ranks. Those of rank 0 go on from where they were, as with one process, and
         are in every checkpoint; a function of the step has not to be saved, whatever ranks come and go."""
         if not self.world.is_main:
@@ -326,12 +334,12 @@ class Trainer:
         if not self.compile or shape in self._compiled:
             yield
             return
-        with self._undone_if_left(state, stop):
+        with self._rolled_back_if_interrupted(state, stop):
             yield
         self._compiled.add(shape)
 
     @contextmanager
-    def _undone_if_left(self, state: TrainState, stop: Stop) -> Iterator[None]:
+    def _rolled_back_if_interrupted(self, state: TrainState, stop: Stop) -> Iterator[None]:
         """What may be left in the middle, though it changes buffers or draws random numbers."""
         undo = state.undo_point()
         try:
@@ -347,20 +355,17 @@ class Trainer:
             return None
         return whole(nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad_norm))
 
-    def _training_metrics(self, state: TrainState, grad_norm: Tensor | None) -> dict[str, float]:
+    def _training_metrics(
+        self, state: TrainState, accuracy: Tensor, grad_norm: Tensor | None, lr: float | Tensor
+    ) -> dict[str, float]:
         if grad_norm is None:
             gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
             grad_norm = whole(nn.utils.get_total_norm(gradients))
         # One transfer, and the only wait for the device.
-        loss, norm, correct = torch.stack([state.loss, grad_norm, state.totals[1]]).tolist()
-        return {
-            "train/loss": loss,
-            "train/accuracy": correct / state.samples,
-            "train/grad_norm": norm,
-            "train/lr": state.scheduler.get_last_lr()[0],
-        }
+        loss, correct, norm = torch.stack([state.loss, accuracy, grad_norm]).tolist()
+        return {"train/loss": loss, "train/accuracy": correct, "train/grad_norm": norm, "train/lr": float(lr)}
 
-    def _look_at_the_loss(self, loss: float, global_step: int, checkpointer: Checkpointer) -> None:
+    def _check_loss(self, loss: float, global_step: int, checkpointer: Checkpointer) -> None:
         if math.isfinite(loss):
             self._diverged = False
             return
@@ -368,14 +373,18 @@ class Trainer:
             return
         self._diverged = True
         good = checkpointer.newest_finite()
-        way_back = f"init_from={os.path.relpath(good)}" if good else "none has been saved"
-        if self.on_nan == "stop":
-            raise DivergedError(
-                f"the loss is {loss} at step {global_step}: training stops (trainer.on_nan=stop). The newest "
-                f"checkpoint with numbers in it: {way_back}. Begin a new run there (run=NAME) with a smaller "
-                "optimizer.lr or with trainer.clip_grad_norm, or go on regardless with trainer.on_nan=warn"
+        newest = os.path.relpath(good) if good else None
+        if self.on_nan == "warn":
+            log.warning(
+                "the loss is %s at step %d; the newest checkpoint without such values: %s", loss, global_step, newest
             )
-        log.warning("the loss is %s at step %d; the newest checkpoint before it: %s", loss, global_step, way_back)
+            return
+        way_back = f" from the newest checkpoint without such values (init_from={newest})" if newest else ""
+        raise DivergedError(
+            f"the loss is {loss} at step {global_step}: training stops (trainer.on_nan=stop). Begin a new run "
+            f"(run=NAME){way_back}, with a smaller optimizer.lr or with trainer.clip_grad_norm, or go on regardless "
+            "with trainer.on_nan=warn"
+        )
 
     @torch.no_grad()
     def _predict_some(self, model: nn.Module, data: Data) -> tuple[Tensor, list[int], list[int]]:

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ def train(
         for handler in logging.getLogger().handlers[:]:
             if isinstance(handler, logging.FileHandler):  # Hydra's, of the run that has ended
                 logging.getLogger().removeHandler(handler)
-                handler.close()
+                with suppress(OSError):  # a full disk, at which logging.shutdown() shrugs too
+                    handler.close()
         return Result(status, returned[0] if returned else None, "".join(capsys.readouterr()))
 
     # Hydra swallows what main returns.

@@ -195,7 +195,7 @@ WRONG = {
     "storage.min_free_gb=-1": "storage.min_free_gb=-1: must be",
     "storage.min_free_gb=1e9": "storage.min_free_gb=1e+09",
     "resume=nowhere": "resume=nowhere: is no checkpoint",
-    "run=../up": "run=../up: must be a plain name",
+    "run=../up": "error: run=../up: must be a plain name",
     "hydra.run.dir=/dev/null/run": "/dev/null/run: Not a directory",
     "hydra.run.dir=/proc/run": "/proc/run: No such file or directory",
 }
@@ -238,6 +238,13 @@ def test_a_bug_keeps_its_traceback(train: Train, monkeypatch: pytest.MonkeyPatch
     assert "Traceback" in result.output
 
 
+def test_the_learning_rate_that_is_shown_is_the_one_of_the_step(train: Train) -> None:
+    train(*TINY, "trainer.epochs=1", "scheduler=step", "scheduler.drops=12", "scheduler.gamma=0.5")
+    events = EventAccumulator("outputs/tiny/tensorboard").Reload()
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates == pytest.approx([0.01 * 0.5**step for step in range(13)])
+
+
 def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
     train(*TINY, "trainer.epochs=2", "trainer.log_every=5")
     events = EventAccumulator("outputs/tiny/tensorboard").Reload()
@@ -258,6 +265,7 @@ def test_tensorboard_has_all_there_is_to_see(train: Train) -> None:
         "goodput/share",
     } == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20, 25]
+    assert {round(16 * event.value, 4) % 1 for event in events.Scalars("train/accuracy")} == {0.0}, "of one batch each"
     assert [event.step for event in events.Scalars("val/loss")] == [13, 26]
     picture = events.Images("val/predictions")[-1]
     assert (picture.step, picture.width) == (26, 4 * 100 + 4)
@@ -282,6 +290,13 @@ def test_the_log_is_in_the_run_directory(train: Train) -> None:
     text = Path("outputs/tiny/train.log").read_text()
     assert "epoch 1/1" in text
     assert "epoch 2/2" in text
+
+
+def test_why_a_run_has_ended_is_in_its_log_too(train: Train) -> None:
+    result = train(*TINY, "optimizer.lr=1e30", "trainer.epochs=1")
+    assert result.status == 5
+    last = Path("outputs/tiny/train.log").read_text().splitlines()[-1]
+    assert "error: the loss is" in last
 
 
 def test_the_readme_names_every_option_of_every_group() -> None:

@@ -53,9 +53,7 @@ def test_a_killed_run_shows_all_its_lives(training: Training, capsys: pytest.Cap
     process.communicate()
     result = training.finish(training.start(*LONG))
     assert result.status == 0
-    assert re.search(
-        r"goodput +\d+\.\d% of .* in 2 lives; the rest: starting .*, \d\d+ steps taken again", result.output
-    )
+    assert re.search(r"goodput +\d+\.\d% of .* in 2 lives; the rest: starting .*, \d\d+ steps repeated", result.output)
     first, second = lives_of(training.run)
     assert first.first_step == second.first_step == 0
     assert second.last_step == 104

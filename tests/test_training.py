@@ -93,8 +93,10 @@ def test_invariant_5_a_damaged_newest_checkpoint_costs_steps_not_the_result(
 def test_invariant_10_a_second_process_in_the_run_directory_is_refused(training: Training) -> None:
     first = training.start(*TINY, "trainer.epochs=100000")
     wait_for(lambda: newest_step(training.checkpoints) > 0, first)
-    second = training.finish(training.start(*TINY, "trainer.epochs=100000"))
+    config = (training.run / ".hydra/config.yaml").read_bytes()
+    second = training.finish(training.start(*TINY, "trainer.epochs=100000", "checkpoint.every=7"))
     assert second.status == 1
+    assert (training.run / ".hydra/config.yaml").read_bytes() == config
     assert re.search(rf"^error: .*being written by process {first.pid} on .*run=NAME", second.output, re.MULTILINE)
     assert "Traceback" not in second.output
     assert first.poll() is None

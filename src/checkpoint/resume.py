@@ -219,7 +219,7 @@ def check_compatible(
     if manifest.world_size != world_size:
         changed.append(f"ranks {manifest.world_size} -> {world_size}")
     if changed:
-        log.warning("not as when the checkpoint was made: %s; exact to the last bit no more", ", ".join(changed))
+        log.warning("not as when the checkpoint was made: %s; no longer bit-exact", ", ".join(changed))
 
 
 def checkpoint_at(key: str, path: Path) -> Path:

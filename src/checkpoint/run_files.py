@@ -121,21 +121,20 @@ def _is_one(name: str) -> bool:
 def _prepend(path: Path, earlier: Path) -> None:
     """Put what a log had elsewhere before what it has here, once, though both may begin alike.
 
-    The handler that writes it sees that there is another file, and opens that (logging's WatchedFileHandler).
+    In place: a handler that appends has it open, and goes on after the new end.
 
     Args:
         path: The log.
         earlier: A file with what it had elsewhere, which is gone afterwards.
     """
     own, history = (file.read_bytes() if file.exists() else b"" for file in (path, earlier))
+    earlier.unlink(missing_ok=True)
     if own.startswith(history):
-        earlier.unlink(missing_ok=True)
         return
     alike = 0
     for line, other in zip(own.splitlines(True), history.splitlines(True), strict=False):
         if line != other:
             break
         alike += len(line)
-    with earlier.open("ab") as file:
-        file.write(own[alike:])
-    earlier.rename(path)
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(history + own[alike:])
