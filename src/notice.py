@@ -45,21 +45,13 @@ class Ec2Notice:
             rebalance: Stop at a rebalance recommendation, too: the instance is at a higher risk than others.
 
         Raises:
-            ConfigError: a value cannot work.
+            ConfigError: a value cannot work; this is no EC2 instance, or its metadata service is out of reach.
         """
         require_endpoint("preemption.endpoint_url", endpoint_url, "http://169.254.169.254/")
         require_number("preemption.every", every, "seconds between questions", above=0, below=120)
         self.every = every
         self._metadata = _Metadata(timeout=2, base_url=endpoint_url, env={})
         self._paths = list(_PATHS) if rebalance else list(_PATHS)[:1]
-
-    @contextmanager
-    def watch(self, stop: Stop) -> Iterator[None]:
-        """Ask in the background while entered; a notice is a request to stop.
-
-        Raises:
-            ConfigError: this is no EC2 instance, or its metadata service is out of reach.
-        """
         try:
             self._notice()
         except _NoAnswer as error:
@@ -69,6 +61,10 @@ class Ec2Notice:
                 f"there is no metadata service at {self._metadata.get_base_url()}; is this an EC2 instance, "
                 "and its hop limit 2 or more for a container? Else use preemption=signals",
             ) from error
+
+    @contextmanager
+    def watch(self, stop: Stop) -> Iterator[None]:
+        """Ask in the background while entered; a notice is a request to stop."""
         over = threading.Event()
         thread = threading.Thread(target=self._ask, args=(stop, over), name="ec2-notice", daemon=True)
         thread.start()

@@ -194,7 +194,7 @@ WRONG = {
     "scheduler.peak=1.5": "scheduler.peak=1.5: must be a number > 0 and < 1",
     "storage.min_free_gb=-1": "storage.min_free_gb=-1: must be",
     "storage.min_free_gb=1e9": "storage.min_free_gb=1e+09",
-    "resume=nowhere": "resume=nowhere: is no checkpoint",
+    "resume=nowhere": "resume=nowhere: does not exist; name a checkpoint",
     "run=../up": "error: run=../up: must be a plain name",
     "hydra.run.dir=/dev/null/run": "/dev/null/run: Not a directory",
     "hydra.run.dir=/proc/run": "/proc/run: No such file or directory",

@@ -296,3 +296,4 @@ def test_where_there_is_no_metadata_service_it_is_said_before_the_first_step(tra
     result = train(*TINY, *on_ec2("http://127.0.0.1:9/"))
     assert result.status == 2
     assert "error: preemption=ec2: there is no metadata service at http://127.0.0.1:9/" in result.output
+    assert "starting afresh" not in result.output

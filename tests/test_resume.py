@@ -1,5 +1,6 @@
 """What the same command does when it is run again, and what `resume` and `init_from` change about it."""
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -295,11 +296,16 @@ def test_init_from_applies_once_then_the_run_resumes_itself(train: Train) -> Non
 
 
 def test_init_from_something_unfit_is_an_error(train: Train) -> None:
-    assert "is no checkpoint" in train(*TINY, "init_from=nowhere").output
+    assert "error: init_from=nowhere: does not exist" in train(*TINY, "init_from=nowhere").output
     torch.save({"a": torch.ones(1)}, "other.pt")
     assert "holds no tensor that fits" in train(*TINY, "init_from=other.pt").output
     Path("text.pt").write_text("no weights")
-    assert "cannot be loaded" in train(*TINY, "init_from=text.pt").output
+    result = train(*TINY, "init_from=text.pt")
+    assert "text.pt cannot be loaded (it is no file that torch.save wrote, or is damaged)" in result.output
+    torch.save({"model": argparse.Namespace(a=1)}, "object.pt")
+    result = train(*TINY, "init_from=object.pt")
+    assert "object.pt cannot be loaded (it holds argparse.Namespace; only tensors and plain values" in result.output
+    assert "weights_only" not in result.output
     torch.save({0: torch.ones(1), "b": "text"}, "keys.pt")
     assert "holds no tensor that fits" in train(*TINY, "init_from=keys.pt").output
 

@@ -1,6 +1,7 @@
 """Disk -> state: find the newest good checkpoint, load it, and check that it belongs to this run."""
 
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +60,17 @@ def load_file(path: Path) -> Any:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # what torch.load raises on a damaged file is not specified
-        reason = str(error).strip().split("\n")[0]
-        raise CorruptCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CorruptCheckpoint(f"{path.name} cannot be loaded ({_why_not(error)})") from error
+
+
+def _why_not(error: Exception) -> str:
+    """In place of what torch.load says of a file that holds more than tensors: to load it unsafely."""
+    if isinstance(error, RuntimeError):  # a broken archive
+        return str(error).strip().partition("\n")[0]
+    unsafe = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if unsafe:
+        return f"it holds {unsafe[1]}; only tensors and plain values are loaded, for objects may run code"
+    return "it is no file that torch.save wrote, or is damaged"
 
 
 def load_checkpoint(path: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -234,6 +244,8 @@ def checkpoint_at(key: str, path: Path) -> Path:
         ConfigError: there is none.
     """
     path = _folder_of(path)
+    if not path.exists():
+        raise ConfigError(key, path, "does not exist; name a checkpoint (a folder step_…), or a run that has some")
     if step_of(path) is not None and path.is_dir():
         return path
     for folder in (path / "checkpoints", path):
