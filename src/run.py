@@ -112,7 +112,13 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that tell runs apart, by dotted key, for people to compare."""
+        """The settings that tell runs apart, by dotted key, for people to compare; those of a sweep's job are its
+        overrides."""
+        if in_sweep():
+            overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+            return {
+                key: each.value() for each in overrides if not is_neutral(key := each.get_key_element().lstrip("+"))
+            }
         return {
             key.removesuffix("._target_"): value
             for key, value in flatten(self.config).items()

@@ -352,4 +352,5 @@ def test_tensorboard_compares_the_jobs(train: Train) -> None:
         assert result is not None
         assert events.Scalars("val/accuracy")[-1].value <= (result.value or 0) + 1e-6
         found[job.name] = start.hparams["optimizer.lr"].number_value
+        assert "optimizer.momentum" not in start.hparams, "the same in all"
     assert sorted(found.values()) == [0.01, 0.02]
