@@ -32,7 +32,6 @@ _COLUMNS = ["step", "epoch", "size", "age", "metrics", "where", ""]
 Found = dict[int, Manifest | Exception]
 """Checkpoints by step: the manifest, or what is wrong."""
 
-
 _NO_CONFIG = (YAMLError, OmegaConfBaseException)
 
 

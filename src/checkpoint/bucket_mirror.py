@@ -231,7 +231,7 @@ class BucketMirror(Mirror):
                 f"the run is done and safe in its directory, but not all of it is in {self.url}"
                 f"{self._outage.because}; run the same command again to upload the rest"
             )
-        if lost := self._damaged & self._last_and_best():
+        if self._damaged and (lost := self._damaged & self._last_and_best()):
             raise MirrorError(
                 f"the run is done, but {', '.join(map(checkpoint_name, sorted(lost)))} has been damaged on the disk "
                 f"before it was in {self.url}; run the same command again, which goes on from the one before"
