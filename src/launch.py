@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from torch.distributed import is_torchelastic_launched
 
 from src.distributed import is_main_process
 from src.errors import ConfigError, HoldfastError, require_no_credentials
@@ -70,10 +71,11 @@ def check_types(group: str, config: DictConfig) -> None:
     if not config.get("_target_"):
         raise ConfigError(group, dict(config), "names no _target_; choose another option of the group")
     target = get_object(config["_target_"])
-    parameters = inspect.signature(target).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not callable(target):
+        raise ConfigError(f"{group}._target_", config["_target_"], "cannot be called; name a class or a function")
+    known = _parameters(target)
     for name, value in _settings(config).items():
-        if name not in parameters and not takes_any:
+        if known is not None and name not in known:
             raise ConfigError(f"{group}.{name}", value, f"{config['_target_']} has no such setting; leave it out")
     try:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
@@ -88,6 +90,16 @@ def check_types(group: str, config: DictConfig) -> None:
             raise ConfigError(f"{group}.{name}", value, f"must be {' or '.join(_PLAIN_TYPES[kind] for kind in plain)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{group}.{name}", value, "must be a finite number")
+
+
+def _parameters(target: Callable[..., Any]) -> Collection[str] | None:
+    """The names that it takes; None if it takes any, or is built in and does not tell."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return None
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if takes_any else parameters.keys()
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -120,7 +132,7 @@ class BeforeAnythingIsWritten(Callback):
         """Look at the command line, at what it came to, and into the run directory."""
         _refuse_credentials(config)
         directory = Path(config.hydra.run.dir)
-        if is_main_process() and directory.is_dir():
+        if directory.is_dir() and not is_torchelastic_launched():  # which has to be told not to try again
             with locked(directory):  # for good only later, when Hydra has set up the log
                 pass
 
@@ -188,7 +200,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Say why the program ends: on the terminal, and in the run's log, which may outlive it."""
+    """Say why the program ends: on the terminal, and in the run's log."""
     print(text, file=sys.stderr)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

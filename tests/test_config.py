@@ -159,6 +159,7 @@ WRONG = {
     "lr=0.1": "lr: there is no such setting; did you mean optimizer.lr?",
     "data.rooot=x": "data.rooot: there is no such setting; choose one of data.batch_size, data.augment, data.",
     "trainer.epochs.x=1": "trainer.epochs.x: there is no such setting",
+    "model._target_=src.models": "model._target_=src.models: cannot be called; name a class or a function",
     "+checkpoint.minutes=5": "checkpoint.minutes=5: src.checkpoint.policy.EverySteps has no such setting; leave it out",
     "trainer.device=tpu": "trainer.device=tpu: must be auto, cpu, cuda, or cuda:N",
     "trainer.device=cuda:99": "trainer.device=cuda:99: is not there",

@@ -74,7 +74,7 @@ def test_a_manifest_with_one_thing_changed(data: st.DataObject) -> None:
         "config": {},
         "created": "",
         "resumed_from": None,
-        "fork": None,
+        "forks": [],
     }
     files, metrics = {"state.pt": entry}, {"a": 1.0}
     manifest = empty | {"format": FORMAT, "global_step": 3, "epoch": 0, "files": files, "metrics": metrics, "loss": 0.5}

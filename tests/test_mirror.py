@@ -369,6 +369,20 @@ def test_what_was_damaged_here_before_it_was_there_is_not_passed_over(
         mirror.insist()
 
 
+def test_what_was_damaged_here_and_has_a_successor_there_fails_nothing(
+    make: Callable[..., BucketMirror], tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        path = save(tmp_path, step)
+        if step == 1:
+            (path / "state.pt").write_bytes(b"")
+    mirror = make()
+    mirror.open()
+    mirror.begin(above=2)
+    mirror.flush()
+    mirror.insist()
+
+
 def test_a_new_best_is_mirrored_whatever_its_turn(
     make: Callable[..., BucketMirror], tmp_path: Path, store: Store, bucket: str
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from awscrt.checksums import crc64nvme
 
+from src.checkpoint.checkpointer import Checkpointer
 from src.checkpoint.manifest import CorruptCheckpoint
 from src.checkpoint.remote import RemoteCatalog
 from src.checkpoint.run_files import RunFiles
@@ -92,7 +93,7 @@ def test_going_back_where_the_bucket_could_not_see_it_counts_all_the_same(
     train(*options, f"resume={RUN}/checkpoints/step_00000010", "trainer.epochs=1")
     assert steps_here() == [5, 10, 13]
     result = train(*options, *on_s3(store, bucket), "trainer.epochs=1")
-    assert "has above step 10 does not count any more" in result.output
+    assert "gone back to step 10 on purpose" in result.output
     assert "step 13, epoch 1" in result.output
     assert steps_there(store, bucket) == [5, 10, 13]
 
@@ -119,8 +120,46 @@ def test_starting_over_where_the_bucket_could_not_see_it_counts_all_the_same(
     train(*options, *on_s3(store, bucket), "trainer.epochs=2")
     train(*options, "resume=never", "trainer.epochs=1")
     result = train(*options, *on_s3(store, bucket), "trainer.epochs=1")
-    assert "begun anew on purpose since" in result.output
+    assert "begun anew on purpose" in result.output
     assert "step 13, epoch 1" in result.output
+    assert steps_there(store, bucket) == [5, 10, 13]
+
+
+def test_of_two_goings_back_both_count(train: Train, store: Store, bucket: str) -> None:
+    """Else what lies below the second would be taken for the same in both histories."""
+    options = (*TINY, "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, *on_s3(store, bucket), "trainer.epochs=1")
+    RUN.rename("asleep")
+    train(*options, *on_s3(store, bucket), "resume=never", "init_from=asleep", "trainer.epochs=1")
+    train(*options, *on_s3(store, bucket), f"resume={RUN}/checkpoints/step_00000010", "trainer.epochs=1")
+    good = {step: fetched(store, bucket, step) for step in steps_there(store, bucket)}
+    shutil.rmtree(RUN)
+    Path("asleep").rename(RUN)
+    result = train(*options, *on_s3(store, bucket), "trainer.epochs=1")
+    assert result.status == 0, result.output
+    assert "begun anew on purpose" in result.output
+    assert sorted(good) == [5, 10, 13] == steps_there(store, bucket)
+    for step, saved in good.items():
+        assert differences(fetched(store, bucket, step), saved) == []
+
+
+def test_going_back_to_a_url_of_the_run_itself_can_be_killed_before_anything_is_saved(
+    train: Train, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*TINY, *on_s3(store, bucket), "checkpoint.every=5", "checkpoint.keep=9")
+    train(*options, "trainer.epochs=1")
+    shutil.rmtree(RUN)
+    command = (*options, f"resume=s3://{bucket}/{ROOT}/checkpoints/step_00000010", "trainer.epochs=1")
+
+    def die(*arguments: object) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "_save_at_last", die)
+        assert train(*command).status == 137
+    assert steps_there(store, bucket) == [5, 10]
+    result = train(*command)
+    assert result.status == 0, result.output
     assert steps_there(store, bucket) == [5, 10, 13]
 
 

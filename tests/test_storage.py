@@ -157,6 +157,24 @@ def test_a_store_that_ignores_conditions_is_refused(
     assert store.keys(bucket) == []
 
 
+def test_an_answer_that_is_lost_is_no_wrong_setting(
+    store: Store, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has what was sent, so that the same request again finds a name that is taken."""
+    put = Bucket.put
+    lost: list[str] = []
+
+    def lose_the_first_answer(self: Bucket, *arguments: Any, **conditions: Any) -> str:
+        if not lost:
+            lost.append(put(self, *arguments, **conditions))
+        return put(self, *arguments, **conditions)
+
+    monkeypatch.setattr(Bucket, "put", lose_the_first_answer)
+    preflight(store.endpoint, bucket, tmp_path)
+    assert lost
+    assert store.keys(bucket) == []
+
+
 def test_the_command_says_it_in_one_line(train: Callable[..., Result], store: Store, credentials: None) -> None:
     result = train("storage=s3", "storage.bucket=nowhere", f"storage.endpoint_url={store.endpoint}", "data=synthetic")
     assert result.status == 2

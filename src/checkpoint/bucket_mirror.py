@@ -163,12 +163,12 @@ class BucketMirror(Mirror):
                     self._remote.set_aside(step, label)
             self._sweep()
             self._files.fetch_history()
-        self._mirrored = {step: None for step in self.steps if step <= above}
-        self._newest = max(self._mirrored, default=0)
-        local = set(self._catalog.by_step())
-        self._unchecked = self._mirrored.keys() & local
-        self._wanted = local if self._every == 1 else self._last_and_best()
-        self._lag = self._measure_lag()
+            self._mirrored = {step: None for step in self.steps if step <= above}
+            self._newest = max(self._mirrored, default=0)
+            local = set(self._catalog.by_step())
+            self._unchecked = self._mirrored.keys() & local
+            self._wanted = local if self._every == 1 else self._last_and_best()
+            self._lag = self._measure_lag()
         log.info("mirroring to %s", self.url)
         self._thread.start()
 
@@ -231,10 +231,11 @@ class BucketMirror(Mirror):
                 f"the run is done and safe in its directory, but not all of it is in {self.url}"
                 f"{self._outage.because}; run the same command again to upload the rest"
             )
-        if self._damaged and (lost := self._damaged & self._last_and_best()):
+        damaged = max(self._damaged, default=0)
+        if damaged > self._newest:
             raise MirrorError(
-                f"the run is done, but {', '.join(map(checkpoint_name, sorted(lost)))} has been damaged on the disk "
-                f"before it was in {self.url}; run the same command again, which goes on from the one before"
+                f"the run is done, but {checkpoint_name(damaged)} has been damaged on the disk before it was in "
+                f"{self.url}; run the same command again, which goes on from the one before"
             )
 
     def close(self) -> None:
@@ -248,7 +249,7 @@ class BucketMirror(Mirror):
         leaving.start()
         leaving.join(_LEAVING)
         if leaving.is_alive():
-            log.warning("%s does not answer: it is left as it is, and its lease to run out", self.url)
+            log.warning("%s takes too long to answer: it is left as it is, and the lease to run out", self.url)
             self._bucket.cancel()
 
     def _leave(self) -> None:
@@ -339,7 +340,8 @@ class BucketMirror(Mirror):
                 log.error("%s is damaged and is not mirrored: %s", path, error)
                 with self._lock:
                     self._wanted.discard(step)
-                    self._damaged.add(step)
+                    if step not in self._mirrored:
+                        self._damaged.add(step)
                 return
             finally:
                 self._arrived = 0

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -87,7 +87,7 @@ class Checkpointer:
         self._saving: Save | None = None
         self._meter = CostMeter()
         self._resumed_from: str | None = None
-        self._fork: Fork | None = None
+        self._forks: Sequence[Fork] = ()
         self._waited = self._waited_when_warned = 0.0  # seconds, for the disk
         self._failures = 0
         self._retry_at = 0.0  # on the clock of Progress.seconds
@@ -137,7 +137,7 @@ class Checkpointer:
             self._load(state, found.state, reader_of(found.path))
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"{found.path}: {error}") from error
-        self._resumed_from, self._fork = found.origin, found.fork
+        self._resumed_from, self._forks = found.origin, found.forks
         self._last_save = self._last_step = self._progress(state)
         log.info("resumed from %s: step %d, epoch %d", found.path, state.global_step, state.epoch)
         # Only now, when it is known to fit, is anything abandoned for it.
@@ -243,7 +243,7 @@ class Checkpointer:
             with at_hand("init_from", init_from, self._mirror.connect, self.catalog.directory) as path:
                 self._load(state, {"model_state_dict": find_weights(path, state.model, init_from)})
         if resume == "never":
-            self._fork = new_fork(above=-1)
+            self._forks = [new_fork(above=-1)]
             for path in [
                 *self.catalog.paths(),
                 *self.catalog.were_set_aside(CORRUPT),
@@ -360,7 +360,7 @@ class Checkpointer:
             metrics=dict(state.metrics) if state.evaluated else {},
             best=state.best,
             resumed_from=self._resumed_from,
-            fork=self._fork,
+            forks=self._forks,
             world_size=self._world.size,
             environment=self._environment,
             config=self._config,

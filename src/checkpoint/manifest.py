@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class Manifest:
     """The best evaluation so far: `metric`, `mode`, `value`, `global_step`."""
     resumed_from: str | None = None
     """The `resume=PATH` that this lineage of checkpoints goes back to."""
-    fork: Fork | None = None
-    """The last one of this lineage; None if training has always gone on."""
+    forks: Sequence[Fork] = ()
+    """Of this lineage, in order; none if training has always gone on."""
     world_size: int = 1
     """Ranks that trained."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         metrics=metrics,
         best=take("best", (dict, optional)),
         resumed_from=take("resumed_from", (str, optional)),
-        fork=_fork(take("fork", (dict, optional)), file_name),
+        forks=[_fork(entry, file_name) for entry in take("forks", list, [])],
         world_size=take("world_size", int, 1),
         environment=take("environment", dict, {}),
         config=take("config", dict, {}),
@@ -181,12 +181,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     )
 
 
-def _fork(entry: Mapping[str, Any] | None, file_name: str) -> Fork | None:
-    if entry is None:
-        return None
-    above, identity = entry.get("above"), entry.get("id")
+def _fork(entry: Any, file_name: str) -> Fork:
+    above, identity = (entry.get("above"), entry.get("id")) if isinstance(entry, dict) else (None, None)
     if type(above) is not int or not isinstance(identity, str):
-        raise CorruptCheckpoint(f"{file_name}: fork is {entry!r}")
+        raise CorruptCheckpoint(f"{file_name}: a fork is {entry!r}")
     return Fork(above, identity)
 
 

@@ -1,9 +1,10 @@
 """Disk -> state: find the newest good checkpoint, load it, and check that it belongs to this run."""
 
 import logging
+import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class Found:
     state: dict[str, Any]
     origin: str | None
     """The `resume=PATH` that this and all later checkpoints of the run go back to."""
-    fork: Fork | None
+    forks: Sequence[Fork]
     """Of this and all later ones, likewise."""
     retire_above: int
     """Going on from here abandons this run's checkpoints above this step."""
@@ -261,8 +262,11 @@ def checkpoint_at(key: str, path: Path) -> Path:
 
 def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
     origin = _origin(place)
-    own = catalog.directory
-    if origin in (_origin(str(own)), _origin(str(own.parent)), mirror.url, f"{mirror.url}/checkpoints"):
+    is_own_run = origin in (mirror.url, f"{mirror.url}/checkpoints")
+    if not is_url(place):
+        own = catalog.directory.resolve()
+        is_own_run = _folder_of(Path(place)).resolve() in (own, own.parent)
+    if is_own_run:
         found = newest_good(catalog, mirror)
         if found is None:
             raise ConfigError("resume", place, "has no checkpoint yet; leave it out to start")
@@ -281,23 +285,24 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
             raise CheckpointError(f"resume={place}: {error}") from error
         step = manifest.global_step
         is_here = source.parent == catalog.directory.resolve()
-        is_own = is_here or origin.startswith(f"{mirror.url}/")
-        fork = new_fork(step if is_own else -1)
-        return Found(source, manifest, state, origin, fork, step if is_here else -1, foreign=not is_here)
+        is_own = is_here or (mirror.url is not None and origin.startswith(f"{mirror.url}/"))
+        above = step if is_own else -1
+        forks = [*(manifest.forks if is_own else ()), new_fork(above)]
+        return Found(source, manifest, state, origin, forks, above, foreign=not is_here)
 
 
 def _origin(place: str) -> str:
-    """What a `resume=PATH` is called in manifests: the same from wherever it is looked at, and on a machine where the
-    project lies elsewhere too, if the command is given there from the same place in it."""
+    """What a `resume=PATH` is called in manifests. A relative one stays relative: so the same command finds that it has
+    been done also where the project lies elsewhere."""
     if is_url(place):
         return place.rstrip("/")
-    path, start = _folder_of(Path(place)).resolve(), Path.cwd().resolve()
-    return path.relative_to(start).as_posix() if path.is_relative_to(start) else str(path)
+    path = _folder_of(Path(place))
+    return str(path.resolve()) if path.is_absolute() else os.path.normpath(path)
 
 
 def _going_on(found: tuple[Path, Manifest, dict[str, Any]]) -> Found:
     manifest = found[1]
-    return Found(*found, manifest.resumed_from, manifest.fork, manifest.global_step)
+    return Found(*found, manifest.resumed_from, manifest.forks, manifest.global_step)
 
 
 def _in_force(catalog: Catalog, mirror: Mirror) -> tuple[dict[int, Path], int | None]:
@@ -314,16 +319,17 @@ def _in_force(catalog: Catalog, mirror: Mirror) -> tuple[dict[int, Path], int | 
     local = catalog.by_step()
     here = _newest_manifest(catalog) if mirror.steps else None
     there = mirror.newest_manifest() if here else None
-    if here is None or there is None or here.fork == there.fork:
+    if here is None or there is None:
         return local, None
-    in_force, where = (here, mirror.url) if here.created >= there.created else (there, catalog.directory)
-    if in_force.fork is None:
+    is_here = here.created >= there.created
+    in_force, other, where = (here, there, mirror.url) if is_here else (there, here, catalog.directory)
+    if set(in_force.forks) <= set(other.forks):
         return local, None
-    above = in_force.fork.above
-    since = "gone back" if above >= 0 else "begun anew"
-    what = f" above step {above}" if above >= 0 else ""
-    log.warning("training has %s on purpose since: what %s has%s does not count any more", since, where, what)
-    if in_force is here:
+    above = min(fork.above for fork in set(in_force.forks) ^ set(other.forks))  # up to there they are the same
+    if max(mirror.steps if is_here else local) > above:
+        how = f"gone back to step {above}" if above >= 0 else "begun anew"
+        log.warning("training has %s on purpose: what %s had come to does not count any more", how, where)
+    if is_here:
         mirror.forget(above)
         return local, None
     return {step: path for step, path in local.items() if step <= above}, above

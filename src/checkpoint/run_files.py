@@ -52,29 +52,21 @@ class RunFiles:
     def fetch_history(self) -> None:
         """Bring here what earlier lives of the run logged on other machines, so that log and curves are whole.
 
-        Names in the bucket that no disk takes are left out: history is not worth a run.
-
         Raises:
             StoreError: the store cannot be asked.
             OSError: the disk refused.
         """
         for name, size in self._remote():
             target = self._directory / name
-            try:
-                if _EVENTS.fullmatch(name) or _LIVES.fullmatch(name):
-                    if not target.exists():
-                        self._fetch(name, target)
+            if _EVENTS.fullmatch(name) or _LIVES.fullmatch(name):
+                if target.exists() or self._fetch(name, target):
                     stat = target.stat()
                     if stat.st_size == size:  # events are only ever appended
                         self._uploaded[name] = (size, stat.st_mtime_ns)
-                elif name == _LOG:
-                    earlier = target.with_name(f".tmp_{name}")
-                    self._fetch(name, earlier)
+            elif name == _LOG:
+                earlier = target.with_name(f".tmp_{name}")
+                if self._fetch(name, earlier):
                     _prepend(target, earlier)
-            except OSError as error:
-                if error.errno not in _BAD_NAMES:
-                    raise
-                log.warning("%s is left there: %s", self._bucket.url(f"{self._prefix}/{name}"), error)
 
     def fetch_all(self) -> None:
         """Bring everything here that is not here yet.
@@ -103,15 +95,23 @@ class RunFiles:
                     found.append((name, size))
         return found
 
-    def _fetch(self, name: str, target: Path) -> None:
+    def _fetch(self, name: str, target: Path) -> bool:
+        """Returns whether it is here now. A name that no disk takes is left out: history is not worth a run."""
         key = f"{self._prefix}/{name}"
         there = self._bucket.stat(key)
         if there is None:  # gone since it was listed
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
+            return False
         temporary = target.with_name(f".tmp_{target.name}")
-        download_whole(self._bucket, key, there, temporary)
-        temporary.rename(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            download_whole(self._bucket, key, there, temporary)
+            temporary.rename(target)
+        except OSError as error:
+            if error.errno not in _BAD_NAMES:
+                raise
+            log.warning("%s is left there: %s", self._bucket.url(key), error)
+            return False
+        return True
 
 
 def _is_one(name: str) -> bool:
@@ -127,8 +127,8 @@ def _prepend(path: Path, earlier: Path) -> None:
         path: The log.
         earlier: A file with what it had elsewhere, which is gone afterwards.
     """
-    own, history = (file.read_bytes() if file.exists() else b"" for file in (path, earlier))
-    earlier.unlink(missing_ok=True)
+    own, history = path.read_bytes() if path.exists() else b"", earlier.read_bytes()
+    earlier.unlink()
     if own.startswith(history):
         return
     alike = 0

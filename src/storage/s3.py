@@ -114,8 +114,11 @@ class S3Storage(LocalStorage):
         try:
             bucket = self.connect(read_timeout=5, tries=2)
             next(bucket.keys(key), None)
-            written = bucket.put(key, body, if_absent=True)
             try:
+                try:
+                    written = bucket.put(key, body, if_absent=True)
+                except Conflict:  # it arrived, and only the answer was lost: nobody else has this name
+                    written = bucket.get(key).etag
                 if bucket.get(key).body != body:
                     raise Refused(f"{bucket.url(key)}: what was read is not what was written")
                 bucket.put(key, body, if_match=written)
