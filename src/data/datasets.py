@@ -89,7 +89,9 @@ def cifar10(root: str, batch_size: int, augment: bool = True, download: bool = T
         train = tv.CIFAR10(root, train=True, download=download, transform=v2.Compose([*augmentation, *normalize]))
         val = tv.CIFAR10(root, train=False, download=download, transform=v2.Compose(normalize))
     except (OSError, RuntimeError) as error:
-        remedy = f"has no CIFAR-10 and it could not be downloaded ({error}); put cifar-10-batches-py there"
+        remedy = "has no CIFAR-10; put cifar-10-batches-py there, or choose data.download=true"
+        if download:
+            remedy = f"has no CIFAR-10 and it could not be downloaded ({error}); put cifar-10-batches-py there"
         raise ConfigError("data.root", root, remedy) from error
     return _checked(Data(train, val, len(train), len(val), train.classes, 3, 32, batch_size))
 
