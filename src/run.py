@@ -86,7 +86,7 @@ def run_name(name: str | None, overrides: Sequence[str]) -> str:
     if not chosen:
         return "default"
     exact = [f"{key}={value}" for key, value in sorted(chosen.items())]
-    readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", part.replace("=", "-", 1)) for part in exact]
+    readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", part.replace("=", "-", 1).replace("e+", "e")) for part in exact]
     slug = "__".join(readable)
     lossless = all(re.fullmatch(r"[A-Za-z0-9._]+=[A-Za-z0-9._-]*", part) and "__" not in part for part in exact)
     if lossless and len(slug) <= _NAME_LIMIT:
