@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import ConfigError, HoldfastError
@@ -76,16 +77,9 @@ def run_name(name: str | None, overrides: Sequence[str]) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(name)):
             raise ConfigError("run", name, "must be a plain name of letters, digits, '.', '_' and '-'")
         return str(name)
-    chosen = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.get_key_element().lstrip("+")
-        is_sweep = override.is_sweep_override()
-        value = override.get_value_string() if is_sweep else override.get_value_element_as_str()
-        if not is_neutral(key) and f"{key}={value}" not in _NEUTRAL_CHOICES:
-            chosen[key] = value
-    if not chosen:
+    exact = [f"{key}={_written(override)}" for key, override in sorted(_changing_the_result(overrides).items())]
+    if not exact:
         return "default"
-    exact = [f"{key}={value}" for key, value in sorted(chosen.items())]
     readable = [re.sub(r"[^A-Za-z0-9._-]+", "-", part.replace("=", "-", 1).replace("e+", "e")) for part in exact]
     slug = "__".join(readable)
     lossless = all(re.fullmatch(r"[A-Za-z0-9._]+=[A-Za-z0-9._-]*", part) and "__" not in part for part in exact)
@@ -93,6 +87,21 @@ def run_name(name: str | None, overrides: Sequence[str]) -> str:
         return slug
     digest = blake2b("\n".join(exact).encode(), digest_size=4).hexdigest()
     return f"{slug[:_NAME_LIMIT].rstrip('-._')}-{digest}"
+
+
+def _changing_the_result(overrides: Sequence[str]) -> dict[str, Override]:
+    """Those that do, by key."""
+    found = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element().lstrip("+")
+        if not is_neutral(key) and f"{key}={_written(override)}" not in _NEUTRAL_CHOICES:
+            found[key] = override
+    return found
+
+
+def _written(override: Override) -> str:
+    """Its value, the same however it was typed."""
+    return str(override.get_value_string() if override.is_sweep_override() else override.get_value_element_as_str())
 
 
 def register_resolvers() -> None:
@@ -115,10 +124,8 @@ class Run:
         """The settings that tell runs apart, by dotted key, for people to compare; those of a sweep's job are its
         overrides."""
         if in_sweep():
-            overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-            return {
-                key: each.value() for each in overrides if not is_neutral(key := each.get_key_element().lstrip("+"))
-            }
+            overrides = _changing_the_result(HydraConfig.get().overrides.task)
+            return {key: override.value() for key, override in overrides.items()}
         return {
             key.removesuffix("._target_"): value
             for key, value in flatten(self.config).items()

@@ -315,16 +315,21 @@ def save(tmp_path: Path, step: int, home: str = "here") -> Path:
     return write_checkpoint(Catalog(tmp_path / home / "checkpoints"), {"global_step": step}, Manifest(step, 0, {}))[0]
 
 
+def mirror_all(mirror: BucketMirror, above: int) -> None:
+    """From its start to its end; raises unless all is there."""
+    mirror.open()
+    mirror.begin(above)
+    mirror.flush()
+    mirror.insist()
+
+
 def test_the_newest_goes_first_and_what_is_rotated_away_is_forgotten(
     make: Callable[..., BucketMirror], tmp_path: Path, network: Network, store: Store, bucket: str
 ) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     mirror = make(place=network)
-    mirror.open()
-    mirror.begin(above=4)
-    mirror.flush()
-    mirror.insist()
+    mirror_all(mirror, above=4)
     puts = [int(step) for step in re.findall(r"PUT \S*step_0*(\d+)/manifest\.json", "\n".join(network.requests))]
     assert puts == [4, 3]  # two are kept there, so 1 and 2 are not worth the way
 
@@ -377,10 +382,7 @@ def test_what_was_damaged_here_and_has_a_successor_there_fails_nothing(
         if step == 1:
             (path / "state.pt").write_bytes(b"")
     mirror = make()
-    mirror.open()
-    mirror.begin(above=2)
-    mirror.flush()
-    mirror.insist()
+    mirror_all(mirror, above=2)
 
 
 def test_a_new_best_is_mirrored_whatever_its_turn(
@@ -405,10 +407,7 @@ def test_a_store_that_hangs_is_not_waited_for_when_all_is_there(
 ) -> None:
     save(tmp_path, 1)
     mirror = make(place=network)
-    mirror.open()
-    mirror.begin(above=1)
-    mirror.flush()
-    mirror.insist()
+    mirror_all(mirror, above=1)
     network.silent = True
     (tmp_path / "here/train.log").write_text("one more line")
     closing = threading.Thread(target=mirror.close)
@@ -493,10 +492,7 @@ def test_what_a_killed_life_left_half_done_is_swept(
         store.write(bucket, f"{folder}/{name}", b"{}")
     store.client().create_multipart_upload(Bucket=bucket, Key=f"{folder}/step_00000008/state.pt")
     mirror = make()
-    mirror.open()
-    mirror.begin(above=7)
-    mirror.flush()
-    mirror.insist()
+    mirror_all(mirror, above=7)
     there = [key.removeprefix(f"{folder}/") for key in store.keys(bucket, folder)]
     assert there == sorted([*stays, "step_00000007/manifest.json"])
     assert store.client().list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
@@ -515,10 +511,7 @@ def test_who_may_not_list_unfinished_uploads_can_train_nevertheless(
     monkeypatch.setattr(Bucket, "ask", refuse)
     save(tmp_path, 7)
     mirror = make()
-    mirror.open()
-    mirror.begin(above=7)
-    mirror.flush()
-    mirror.insist()
+    mirror_all(mirror, above=7)
 
 
 def test_a_training_that_fails_still_takes_its_checkpoints_along(

@@ -15,7 +15,7 @@ from src.errors import CheckpointError, ConfigError
 from src.storage.bucket import Bucket, Stat
 from src.storage.failures import Conflict, NotThere, StoreError
 from src.storage.local import fsync_directory, write_durably
-from src.storage.transfer import DOWNLOADS, Progress, download, download_whole, ignore, look, upload
+from src.storage.transfer import ArrivedDamaged, Progress, download_whole, ignore, look, upload
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,6 @@ class RemoteCatalog:
             StoreError: the store cannot be asked.
         """
         text, manifest = self._manifest(global_step)
-        if manifest.global_step != global_step:
-            raise CorruptCheckpoint(f"{MANIFEST_NAME} says step {manifest.global_step}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, entry in manifest.files.items():
@@ -134,14 +132,12 @@ class RemoteCatalog:
             if there is None or there.size != entry.size or there.crc not in (None, crc):
                 found = f"{there.size} bytes" if there else "nothing"
                 raise CorruptCheckpoint(f"{name} is not what was saved: {found} in the bucket, {entry.size} bytes then")
-            for _ in range(DOWNLOADS):
-                if download(self.bucket, key, entry.size, folder / name, progress) == crc:
-                    break
-                log.warning("%s arrived damaged", self.bucket.url(key))
-            else:
+            try:
+                download_whole(self.bucket, key, Stat(entry.size, crc), folder / name, progress)
+            except ArrivedDamaged as error:
                 if there.crc == crc:  # it is good there
-                    raise StoreError(f"{self.bucket.url(key)} arrived damaged {DOWNLOADS} times")
-                raise CorruptCheckpoint(f"{name} has another checksum than the manifest says")
+                    raise
+                raise CorruptCheckpoint(f"{name} has another checksum than the manifest says") from error
         write_durably(folder / MANIFEST_NAME, text.decode("utf-8"))
         fsync_directory(folder)
 
@@ -153,8 +149,6 @@ class RemoteCatalog:
             StoreError: the store cannot be asked.
         """
         manifest = self.manifest(global_step)
-        if manifest.global_step != global_step:
-            raise CorruptCheckpoint(f"{MANIFEST_NAME} says step {manifest.global_step}")
         for name, entry in manifest.files.items():
             found = look(self.bucket, self._key(global_step, name))
             if found is None:
@@ -212,7 +206,10 @@ class RemoteCatalog:
             text = self.bucket.get(key).body
         except NotThere:
             raise CorruptCheckpoint(f"{MANIFEST_NAME} is missing") from None
-        return text, parse_manifest(text, self.bucket.url(key))
+        manifest = parse_manifest(text, self.bucket.url(key))
+        if manifest.global_step != global_step:
+            raise CorruptCheckpoint(f"{MANIFEST_NAME} says step {manifest.global_step}")
+        return text, manifest
 
     def _key(self, global_step: int, name: str | None = None) -> str:
         folder = f"{self.prefix}/{checkpoint_name(global_step)}"

@@ -262,9 +262,10 @@ def checkpoint_at(key: str, path: Path) -> Path:
 
 def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
     origin = _origin(place)
-    is_own_run = origin in (mirror.url, f"{mirror.url}/checkpoints")
-    if not is_url(place):
-        own = catalog.directory.resolve()
+    own = catalog.directory.resolve()
+    if is_url(place):
+        is_own_run = origin in (mirror.url, f"{mirror.url}/checkpoints")
+    else:
         is_own_run = _folder_of(Path(place)).resolve() in (own, own.parent)
     if is_own_run:
         found = newest_good(catalog, mirror)
@@ -284,7 +285,7 @@ def _find_place(catalog: Catalog, place: str, mirror: Mirror) -> Found:
         except (CorruptCheckpoint, OSError) as error:
             raise CheckpointError(f"resume={place}: {error}") from error
         step = manifest.global_step
-        is_here = source.parent == catalog.directory.resolve()
+        is_here = source.parent == own
         is_own = is_here or (mirror.url is not None and origin.startswith(f"{mirror.url}/"))
         above = step if is_own else -1
         forks = [*(manifest.forks if is_own else ()), new_fork(above)]

@@ -24,7 +24,7 @@ _MIB = 1024 * 1024
 _PART = 16 * _MIB  # bytes
 _LEAST = 5 * _MIB  # that S3 takes, but for the last
 _MOST_PARTS = 10_000  # that an upload may have
-DOWNLOADS = 3  # tries, if what arrives is damaged
+_DOWNLOADS = 3  # tries, if what arrives is damaged
 _THREADS = 4  # parts at once, each in a buffer of its own: what bounds memory
 
 Progress = Callable[[int], None]
@@ -33,6 +33,10 @@ Progress = Callable[[int], None]
 
 class Damaged(Exception):
     """The bytes in a file are not those that were written to it."""
+
+
+class ArrivedDamaged(StoreError):
+    """What was downloaded is not what it has to be, however often it was tried."""
 
 
 def ignore(nbytes: int) -> None:
@@ -105,15 +109,19 @@ def download(bucket: Bucket, key: str, size: int, path: Path, progress: Progress
 def download_whole(bucket: Bucket, key: str, there: Stat, path: Path, progress: Progress = ignore) -> None:
     """Download an object, and again if what arrives is not what the store says it has.
 
+    Args:
+        there: Its size, and the CRC-64/NVME that it has to have; None if there is no telling.
+
     Raises:
         OSError: the disk refused.
-        StoreError: the store did not give it, or it arrived damaged each time.
+        ArrivedDamaged: it did, each time.
+        StoreError: the store did not give it.
     """
-    for _ in range(DOWNLOADS):
+    for _ in range(_DOWNLOADS):
         if download(bucket, key, there.size, path, progress) == there.crc or there.crc is None:
             return
         log.warning("%s arrived damaged", bucket.url(key))
-    raise StoreError(f"{bucket.url(key)} arrived damaged {DOWNLOADS} times")
+    raise ArrivedDamaged(f"{bucket.url(key)} arrived damaged {_DOWNLOADS} times")
 
 
 def abort_uploads(bucket: Bucket, prefix: str) -> int:
